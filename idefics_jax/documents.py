@@ -1,0 +1,41 @@
+"""A document: what every source is read into, before it becomes token ids.
+
+A caption pair, an interleaved web page, a conversation: all are an ordered list of parts. Parts become ids one
+by one, with control ids spliced between them (processor.py), so no text can spell a control token.
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A run of text; `trained` says whether its tokens count in the loss."""
+
+    text: str
+    trained: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Image:
+    """An image as it was stored: JPEG, PNG, WebP or GIF bytes, decoded only after packing."""
+
+    data: bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class EndOfUtterance:
+    """The `<end_of_utterance>` control token that closes a turn; `trained` as for Text."""
+
+    trained: bool = True
+
+
+Part = Text | Image | EndOfUtterance
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """Parts in reading order, with where they came from: `source` names the data set, `id` the row in it."""
+
+    parts: tuple[Part, ...]
+    source: str
+    id: str
