@@ -1,0 +1,117 @@
+"""One attention for every part: grouped heads, rotary positions, and masks as data.
+
+What may see what is never a dense [T, S] array held by a caller: it is a few integers a token (`Visibility`), from
+which each block of queries makes its own mask. Long sequences are computed a block of queries at a time under
+`jax.checkpoint`, so memory grows with the length, not with its square.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+# Queries computed at once; a shorter sequence is computed whole.
+QUERY_BLOCK = 512
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("query_segments", "key_segments", "query_positions", "key_positions"),
+    meta_fields=("window",),
+)
+@dataclasses.dataclass(frozen=True)
+class Visibility:
+    """Which keys a query sees: those of its own segment that are not padding (segment 0).
+
+    With positions, only keys at its own position or before; with a window, only the last `window` of those.
+
+    Attributes:
+      query_segments: int32 [B, T].
+      key_segments: int32 [B, S].
+      query_positions: int32 [B, T], or None where order does not matter.
+      key_positions: int32 [B, S], or None.
+      window: length of the sliding window, or None.
+    """
+
+    query_segments: jax.Array
+    key_segments: jax.Array
+    query_positions: jax.Array | None = None
+    key_positions: jax.Array | None = None
+    window: int | None = None
+
+    def mask(self, query_segments: jax.Array, query_positions: jax.Array | None) -> jax.Array:
+        """Returns bool [B, T, S] for a block of queries."""
+        queries, keys = query_segments[:, :, None], self.key_segments[:, None, :]
+        seen = (queries == keys) & (keys > 0)
+        if query_positions is not None:
+            distance = query_positions[:, :, None] - self.key_positions[:, None, :]
+            seen &= distance >= 0
+            if self.window is not None:
+                seen &= distance < self.window
+        return seen
+
+
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, visibility: Visibility) -> jax.Array:
+    """Scaled dot-product attention with grouped key/value heads; softmax in float32.
+
+    Args:
+      query: [B, T, N, H].
+      key: [B, S, K, H], N a multiple of K.
+      value: [B, S, K, H].
+      visibility: what each query sees. A query that sees nothing gets a finite, meaningless result.
+
+    Returns:
+      [B, T, N, H] in the query's dtype.
+    """
+    length = query.shape[1]
+    if length <= QUERY_BLOCK:
+        mask = visibility.mask(visibility.query_segments, visibility.query_positions)
+        return _attend_block(query, key, value, mask)
+
+    blocks = -(-length // QUERY_BLOCK)
+
+    def split(x):
+        """[B, T, ...] -> [blocks, B, QUERY_BLOCK, ...], padded with zeros."""
+        x = jnp.pad(x, ((0, 0), (0, blocks * QUERY_BLOCK - length), *((0, 0),) * (x.ndim - 2)))
+        return jnp.moveaxis(x.reshape(x.shape[0], blocks, QUERY_BLOCK, *x.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def block(queries):
+        block_query, segments, positions = queries
+        return _attend_block(block_query, key, value, visibility.mask(segments, positions))
+
+    out = jax.lax.map(block, jax.tree.map(split, (query, visibility.query_segments, visibility.query_positions)))
+    out = jnp.moveaxis(out, 0, 1).reshape(query.shape[0], blocks * QUERY_BLOCK, *query.shape[2:])
+    return out[:, :length]
+
+
+def _attend_block(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+    batch, length, heads, head_dim = query.shape
+    kv_heads = key.shape[2]
+    query = query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim) * head_dim**-0.5
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", query, key, preferred_element_type=jnp.float32)
+    # The lowest finite value, not -inf: a row that sees nothing must not turn into NaN.
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, value)
+    return out.reshape(batch, length, heads, head_dim)
+
+
+def rotary(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+    """Rotates the two halves of each head by position (reference: MistralRotaryEmbedding, rotate_half).
+
+    Args:
+      x: [B, T, N, H].
+      positions: int32 [B, T].
+      theta: base of the frequencies.
+
+    Returns:
+      [B, T, N, H] in x's dtype; angles and the rotation are float32.
+    """
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

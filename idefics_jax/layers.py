@@ -1,0 +1,138 @@
+"""The layers every part is built from, each parameter with its logical axis names.
+
+Dim letters, here and in every einsum of the package:
+
+    B batch            T text or query length   S key or patch length   N query heads     K key/value heads
+    G = N / K          H head dim               D width                 F mlp width       V vocabulary
+    L layers           R LoRA rank              I images a row          P patches         Q latents
+    E vision width     C numbers in a patch
+
+(`V` is also the number of vision rows of a batch.) Parameters keep the dtype they are given; the arithmetic of a
+product runs in the module's `dtype`, norms run in float32. A `Linear` adds the LoRA side path `(x @ A) @ B` when
+the `lora` collection holds adapters under its path: the frozen kernel's gradient is then never formed, and bf16
+does not swallow the adapter, as it does when it is merged into the kernel first.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Dtype = jnp.dtype
+Initializer = Callable[..., jax.Array]
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu_pytorch_tanh": lambda x: nn.gelu(x, approximate=True),
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "silu": nn.silu,
+    "relu": nn.relu,
+}
+
+
+class Linear(nn.Module):
+    """`x @ kernel (+ bias)`; kernel is [in, out] with the logical names `axes`.
+
+    Attributes:
+      features: size of the output.
+      axes: logical names of the kernel's two dims.
+      std: standard deviation of the kernel's normal initialisation.
+      dtype: dtype of the product.
+      use_bias: whether a bias is added.
+    """
+
+    features: int
+    axes: tuple[str, str]
+    std: float
+    dtype: Dtype
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.with_logical_partitioning(nn.initializers.normal(self.std), self.axes)
+        kernel = self.param("kernel", init, (x.shape[-1], self.features))
+        x = x.astype(self.dtype)
+        y = x @ kernel.astype(self.dtype)
+        if self.has_variable("lora", "lora_A"):
+            lora_a = self.get_variable("lora", "lora_A").astype(self.dtype)
+            lora_b = self.get_variable("lora", "lora_B").astype(self.dtype)
+            y = y + (x @ lora_a) @ lora_b
+        if self.use_bias:
+            init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
+            y = y + self.param("bias", init, (self.features,)).astype(self.dtype)
+        return y
+
+
+class Embedding(nn.Module):
+    """A table [size, features] looked up by integer ids; `axes` are the table's logical names."""
+
+    size: int
+    features: int
+    axes: tuple[str, str]
+    std: float
+    dtype: Dtype
+
+    def setup(self):
+        init = nn.with_logical_partitioning(nn.initializers.normal(self.std), self.axes)
+        self.embedding = self.param("embedding", init, (self.size, self.features))
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        return jnp.take(self.embedding, ids, axis=0, mode="clip").astype(self.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dim, in float32; returns `x.dtype` (reference: MistralRMSNorm)."""
+
+    eps: float
+    axis: str = "embed"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.with_logical_partitioning(nn.initializers.ones, (self.axis,))
+        scale = self.param("scale", init, (x.shape[-1],))
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return (x32 * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm over the last dim with scale and bias, in float32; returns `x.dtype`."""
+
+    eps: float
+    axis: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, (self.axis,)), (x.shape[-1],))
+        bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, (self.axis,)), (x.shape[-1],))
+        x32 = x.astype(jnp.float32)
+        x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return (x32 * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+class GatedMLP(nn.Module):
+    """`down(act(gate(x)) * up(x))` without biases (reference: MistralMLP, Idefics2MLP).
+
+    Attributes:
+      intermediate: F, width between the products.
+      features: size of the output.
+      act: name in ACTIVATIONS.
+      axes: logical names of the input and of the output width.
+      std: (gate and up, down) initialisation.
+    """
+
+    intermediate: int
+    features: int
+    act: str
+    axes: tuple[str, str]
+    std: tuple[float, float]
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width_in, width_out = self.axes
+        gate = Linear(self.intermediate, (width_in, "mlp"), self.std[0], self.dtype, name="gate_proj")(x)
+        up = Linear(self.intermediate, (width_in, "mlp"), self.std[0], self.dtype, name="up_proj")(x)
+        y = ACTIVATIONS[self.act](gate) * up
+        return Linear(self.features, ("mlp", width_out), self.std[1], self.dtype, name="down_proj")(y)
