@@ -1,0 +1,131 @@
+"""Where arrays live: the mesh, and one table from logical axis names to mesh axes.
+
+Parameters and activations carry logical names (t5x's words); a preset of RULES says which mesh axis each name is
+cut along. One device is a mesh too, so there is one code path. `use_mesh` is the only way in: `with mesh:` silently
+drops every constraint in this Flax.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+_ACTIVATIONS = {
+    "act_batch": ("data", "fsdp"),
+    "act_length": None,
+    "act_patches": None,
+    "act_embed": None,
+}
+_REPLICATED = {
+    "layers": None,
+    "embed": None,
+    "mlp": None,
+    "heads": None,
+    "kv_heads": None,
+    "vocab": None,
+    "rank": None,
+    "latents": None,
+    "patch": None,
+    "position": None,
+    "vision_embed": None,
+    "vision_heads": None,
+    "vision_mlp": None,
+}
+_FSDP = {**_REPLICATED, "embed": "fsdp", "vision_embed": "fsdp"}
+RULES: dict[str, dict[str, Any]] = {
+    "data": {**_REPLICATED, **_ACTIVATIONS},
+    "fsdp": {**_FSDP, **_ACTIVATIONS},
+    "fsdp_tensor": {
+        **_FSDP,
+        **_ACTIVATIONS,
+        **dict.fromkeys(("mlp", "heads", "kv_heads", "vocab", "vision_heads", "vision_mlp"), "tensor"),
+    },
+}
+
+
+def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
+    """Builds the mesh; a size of -1 takes what the other axes leave.
+
+    Args:
+      sizes: size of each of MESH_AXES; an axis left out has size 1.
+      devices: the devices to use, by default all.
+
+    Raises:
+      ValueError: an unknown axis, more than one -1, or sizes that do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    unknown = sorted(set(sizes) - set(MESH_AXES))
+    if unknown:
+        raise ValueError(f"mesh axis {unknown[0]!r} is unknown; the axes are {', '.join(MESH_AXES)}")
+    shape = [sizes.get(axis, 1) for axis in MESH_AXES]
+    free = [i for i, size in enumerate(shape) if size == -1]
+    if len(free) > 1 or any(size < 1 and size != -1 for size in shape):
+        raise ValueError(f"mesh sizes {dict(sizes)} need whole numbers of at least 1, and at most one -1")
+    if free:
+        shape[free[0]] = len(devices) // -np.prod(shape)
+    if np.prod(shape) != len(devices):
+        raise ValueError(f"mesh sizes {dict(zip(MESH_AXES, shape, strict=True))} need {np.prod(shape)} devices; "
+                         f"there are {len(devices)}")
+    return Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+@contextlib.contextmanager
+def use_mesh(mesh: Mesh, rules: Mapping[str, Any]) -> Iterator[Mesh]:
+    """Makes mesh and rules current, for parameters and constraints alike."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(rules.items())):
+        yield mesh
+
+
+def spec(names: tuple[str | None, ...], rules: Mapping[str, Any]) -> PartitionSpec:
+    """Translates the logical names of one array.
+
+    Raises:
+      ValueError: a name that the table lacks, or two dims cut along the same mesh axis. A collision of two equal
+        names (a square [embed, embed] kernel) cuts the first dim only.
+    """
+    axes: list[Any] = []
+    used: dict[str, str] = {}
+    for name in names:
+        if name is not None and name not in rules:
+            raise ValueError(f"logical axis {name!r} is not in the sharding rules; add it to sharding.RULES")
+        axis = rules.get(name)
+        for mesh_axis in (axis,) if isinstance(axis, str) else axis or ():
+            if mesh_axis in used and used[mesh_axis] != name:
+                raise ValueError(f"logical axes {used[mesh_axis]!r} and {name!r} of one array both map to mesh axis "
+                                 f"{mesh_axis!r}; change one of the two in sharding.RULES")
+            if mesh_axis in used:
+                axis = None
+            used[mesh_axis] = name
+        axes.append(axis)
+    return PartitionSpec(*axes)
+
+
+def logical_axes(boxed: Any) -> Any:
+    """Returns the tree of logical names of a tree of boxed parameters, as `init` or `eval_shape` gives it."""
+    return jax.tree.map(lambda box: box.names, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+
+
+def unbox(boxed: Any) -> Any:
+    """Returns the plain tree of arrays (or shapes) of a boxed tree."""
+    return nn.unbox(boxed)
+
+
+def tree_shardings(mesh: Mesh, axes: Any, rules: Mapping[str, Any]) -> Any:
+    """Returns the NamedSharding of every leaf, from its logical names."""
+    return jax.tree.map(lambda names: NamedSharding(mesh, spec(names, rules)), axes, is_leaf=is_names)
+
+
+def is_names(x: Any) -> bool:
+    """Whether x is one array's tuple of logical names."""
+    return isinstance(x, tuple) and all(name is None or isinstance(name, str) for name in x)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch are spread over the data and fsdp axes."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
