@@ -23,6 +23,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from idefics_jax import images
+
 Batch = dict[str, Any]
 
 
@@ -72,3 +74,75 @@ def batch_spec(shape: BatchShape) -> Batch:
 def empty_batch(shape: BatchShape) -> Batch:
     """Returns a writable numpy batch that is all padding."""
     return {name: np.zeros(spec.shape, spec.dtype) for name, spec in batch_spec(shape).items()}
+
+
+def place_document(
+    batch: Batch,
+    row: int,
+    *,
+    encoded,
+    patches: list[np.ndarray],
+    segment: int,
+    token_offset: int,
+    image_offset: int,
+    vision_slots: list[tuple[int, int]],
+    positions_per_side: int,
+) -> None:
+    """Writes one document into a numpy batch, in place.
+
+    Args:
+      batch: as from `empty_batch`; the places written to must still be padding.
+      row: the row it goes to.
+      encoded: the document (processor.Encoded).
+      patches: uint8 [rows * columns, C] of each of the document's images, in the order of `encoded.grids`.
+      segment: its number within the row, from 1.
+      token_offset: where its tokens begin in the row.
+      image_offset: how many images the row holds before it.
+      vision_slots: for each image the vision row and the patch it begins at.
+      positions_per_side: rows and columns of the position table.
+
+    Raises:
+      ValueError: a token, an image or a patch would fall outside the batch, or the lists disagree in length.
+    """
+    count = len(encoded.tokens)
+    _check_place(batch, encoded, patches, token_offset, image_offset, vision_slots)
+    span = slice(token_offset, token_offset + count)
+    batch["tokens"][row, span] = encoded.tokens
+    batch["segment_ids"][row, span] = segment
+    batch["positions"][row, span] = np.arange(count)
+    batch["loss_weights"][row, token_offset : token_offset + max(count - 1, 0)] = encoded.trained[1:]
+    for index, (grid, pixels, slot) in enumerate(zip(encoded.grids, patches, vision_slots, strict=True)):
+        vision_row, begin = slot
+        place = (row, vision_row, slice(begin, begin + len(pixels)))
+        batch["patches"][place] = pixels
+        batch["patch_image_ids"][place] = image_offset + index + 1
+        batch["patch_positions"][place] = images.position_ids(*grid, positions_per_side)
+    batch["image_mask"][row, image_offset : image_offset + len(patches)] = 1
+
+
+def _check_place(batch, encoded, patches, token_offset, image_offset, vision_slots) -> None:
+    row_tokens, row_images = batch["tokens"].shape[1], batch["image_mask"].shape[1]
+    vision_rows, row_patches = batch["patch_image_ids"].shape[1:]
+    if token_offset + len(encoded.tokens) > row_tokens:
+        raise ValueError(
+            f"a document of {len(encoded.tokens)} tokens at offset {token_offset} does not fit a row of {row_tokens}; "
+            "raise batch.tokens"
+        )
+    if image_offset + len(patches) > row_images:
+        raise ValueError(
+            f"a document of {len(patches)} images after {image_offset} others does not fit a row of {row_images}; "
+            "raise batch.images"
+        )
+    if not len(encoded.grids) == len(patches) == len(vision_slots):
+        raise ValueError(
+            f"a document of {len(encoded.grids)} images came with {len(patches)} sets of patches and "
+            f"{len(vision_slots)} places; give one of each for every image"
+        )
+    for grid, pixels, (vision_row, begin) in zip(encoded.grids, patches, vision_slots, strict=True):
+        if len(pixels) != grid[0] * grid[1]:
+            raise ValueError(f"an image of {grid[0]} x {grid[1]} patches came with {len(pixels)}; cut it again")
+        if vision_row >= vision_rows or begin + len(pixels) > row_patches:
+            raise ValueError(
+                f"an image of {len(pixels)} patches at patch {begin} of vision row {vision_row} does not fit "
+                f"{vision_rows} vision rows of {row_patches}; raise batch.vision_rows or batch.patches"
+            )

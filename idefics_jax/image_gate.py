@@ -1,0 +1,167 @@
+"""The gate every encoded image passes before a decoder sees it.
+
+Three questions, cheapest first: is it one of four formats (first bytes), how many pixels does its header claim
+(read here, with no library), and does the format's own parser agree. Only then may pixels be decoded. A bomb (a few
+bytes that claim gigapixels) is refused at the second question, and the parsers of every other format Pillow knows
+are never reached.
+"""
+
+import io
+import struct
+
+import PIL.Image
+
+JPEG, PNG, WEBP, GIF = "JPEG", "PNG", "WEBP", "GIF"
+
+_ORIENTATION_TAG = 0x0112
+_TRANSPOSES = {
+    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
+    3: PIL.Image.Transpose.ROTATE_180,
+    4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
+    5: PIL.Image.Transpose.TRANSPOSE,
+    6: PIL.Image.Transpose.ROTATE_270,
+    7: PIL.Image.Transpose.TRANSVERSE,
+    8: PIL.Image.Transpose.ROTATE_90,
+}
+_SIDE_SWAPS = frozenset(_TRANSPOSES[tag] for tag in (5, 6, 7, 8))
+# Start-of-frame markers: C0..CF without DHT (C4), JPG (C8) and DAC (CC), which share the range.
+_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_JPEG_BARE = frozenset((0x00, 0x01, 0xFF, *range(0xD0, 0xD9)))  # no length follows
+_JPEG_SCAN_OR_END = (0xDA, 0xD9)
+
+
+class RejectedImage(ValueError):
+    """An image that is not let in.
+
+    Attributes:
+      reason: one word to count by: empty, format, truncated, corrupt, bomb or too-many-patches.
+    """
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self):
+        return RejectedImage, (self.reason, str(self))  # survives the way back from a worker process
+
+
+def open_image(data: bytes, *, max_pixels: int) -> PIL.Image.Image:
+    """Returns the image with its header read and not a pixel decoded.
+
+    Args:
+      data: JPEG, PNG, WebP or GIF bytes.
+      max_pixels: the most width * height that is let in.
+
+    Raises:
+      RejectedImage: the bytes are empty, of another format, cut short, damaged, or claim too many pixels.
+    """
+    kind = _kind(data)
+    try:
+        width, height = _HEADERS[kind](data)
+    except (struct.error, IndexError):
+        raise RejectedImage(
+            "truncated", f"the {kind} image ends after {len(data)} bytes, inside its header; store the whole file"
+        ) from None
+    _check_size(kind, width, height, max_pixels)
+    image = parse(kind, lambda: PIL.Image.open(io.BytesIO(data), formats=[kind]))
+    _check_size(kind, *image.size, max_pixels)  # a GIF's first frame may be larger than the screen it declares
+    return image
+
+
+def parse(kind: str, read):
+    """Returns `read()`, with whatever Pillow raises on damaged bytes turned into RejectedImage."""
+    try:
+        return read()
+    except Exception as error:  # Pillow's parsers raise a dozen types, from struct.error to SyntaxError
+        reason = "truncated" if "truncated" in str(error).lower() or isinstance(error, EOFError) else "corrupt"
+        message = f"the {kind} image cannot be read ({error}); store the file again from its source"
+        raise RejectedImage(reason, message.replace("\n", " ")) from None
+
+
+def transpose_of(image: PIL.Image.Image) -> PIL.Image.Transpose | None:
+    """Returns the turn that brings the image upright, from the EXIF block of its header; None if there is none.
+
+    Only what stands before the pixels counts, so that the size of an image is known without decoding it. EXIF that
+    cannot be read is no reason to lose the image: it is shown as stored.
+    """
+    exif = PIL.Image.Exif()
+    try:
+        exif.load(image.info.get("exif"))
+        return _TRANSPOSES.get(exif.get(_ORIENTATION_TAG))
+    except Exception:
+        return None
+
+
+def swaps_sides(turn: PIL.Image.Transpose | None) -> bool:
+    """Says whether a turn makes the width the height."""
+    return turn in _SIDE_SWAPS
+
+
+def _kind(data: bytes) -> str:
+    if not data:
+        raise RejectedImage("empty", "the image has 0 bytes; store the file's content, not only its name")
+    if data.startswith(b"\xff\xd8\xff"):
+        return JPEG
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return PNG
+    if data.startswith((b"GIF87a", b"GIF89a")):
+        return GIF
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return WEBP
+    raise RejectedImage(
+        "format", f"the image starts with {data[:8]!r}, which is not JPEG, PNG, WebP or GIF; convert it to one of them"
+    )
+
+
+def _check_size(kind: str, width: int, height: int, max_pixels: int) -> None:
+    if width < 1 or height < 1:
+        raise RejectedImage("corrupt", f"the {kind} image is {width} x {height}; both sides must be at least 1")
+    if width * height > max_pixels:
+        raise RejectedImage(
+            "bomb",
+            f"the {kind} image claims {width} x {height} pixels, more than max_pixels = {max_pixels}; "
+            "scale it down or raise max_pixels",
+        )
+
+
+def _png_size(data: bytes) -> tuple[int, int]:
+    return struct.unpack_from(">II", data, 16)
+
+
+def _gif_size(data: bytes) -> tuple[int, int]:
+    return struct.unpack_from("<HH", data, 6)
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int]:
+    """Walks the segments to the start of the frame."""
+    position = 2
+    while (position := data.find(b"\xff", position)) >= 0:
+        marker = data[position + 1]
+        if marker in _JPEG_FRAMES:
+            height, width = struct.unpack_from(">HH", data, position + 5)
+            return width, height
+        if marker in _JPEG_SCAN_OR_END:
+            raise RejectedImage("corrupt", "the JPEG image has no frame header before its pixels")
+        if marker in _JPEG_BARE:
+            position += 1
+        else:
+            position += 2 + struct.unpack_from(">H", data, position + 2)[0]
+    raise IndexError
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """Reads the first chunk: lossy (VP8), lossless (VP8L) or extended (VP8X, the canvas)."""
+    chunk = data[12:16]
+    if chunk == b"VP8X":
+        low_width, high_width, low_height, high_height = struct.unpack_from("<HBHB", data, 24)
+        return 1 + low_width + (high_width << 16), 1 + low_height + (high_height << 16)
+    if chunk == b"VP8L":
+        (bits,) = struct.unpack_from("<I", data, 21)
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    if chunk == b"VP8 ":
+        width, height = struct.unpack_from("<HH", data, 26)
+        return width & 0x3FFF, height & 0x3FFF
+    raise RejectedImage("corrupt", f"the WebP image starts with a chunk {chunk!r}, not VP8, VP8L or VP8X")
+
+
+_HEADERS = {JPEG: _jpeg_size, PNG: _png_size, WEBP: _webp_size, GIF: _gif_size}
