@@ -11,6 +11,8 @@ import struct
 
 import PIL.Image
 
+from idefics_jax.errors import UserError
+
 JPEG, PNG, WEBP, GIF = "JPEG", "PNG", "WEBP", "GIF"
 
 _ORIENTATION_TAG = 0x0112
@@ -30,7 +32,7 @@ _JPEG_BARE = frozenset((0x00, 0x01, 0xFF, *range(0xD0, 0xD9)))  # no length foll
 _JPEG_SCAN_OR_END = (0xDA, 0xD9)
 
 
-class RejectedImage(ValueError):
+class RejectedImage(UserError):
     """An image that is not let in.
 
     Attributes:

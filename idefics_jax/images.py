@@ -16,6 +16,7 @@ import numpy as np
 import PIL.Image
 
 from idefics_jax import image_gate
+from idefics_jax.errors import UserError
 from idefics_jax.image_gate import RejectedImage
 
 __all__ = ["ImageRules", "RejectedImage", "image_patches", "image_size", "patch_grids", "position_ids"]
@@ -49,21 +50,21 @@ class ImageRules:
             value = getattr(self, field.name)
             if field.name == "split":
                 if not isinstance(value, bool):
-                    raise ValueError(f"images.split is {value!r}; it must be True or False")
+                    raise UserError(f"images.split is {value!r}; it must be True or False")
             elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"images.{field.name} is {value!r}; it must be a whole number of at least 1")
+                raise UserError(f"images.{field.name} is {value!r}; it must be a whole number of at least 1")
         if not self.patch_size <= self.shortest_edge <= self.longest_edge:
-            raise ValueError(
+            raise UserError(
                 f"images.shortest_edge is {self.shortest_edge}; it must lie between patch_size = {self.patch_size} "
                 f"and longest_edge = {self.longest_edge}"
             )
         if self.longest_edge // self.patch_size > self.positions_per_side:
-            raise ValueError(
+            raise UserError(
                 f"images.longest_edge is {self.longest_edge}, {self.longest_edge // self.patch_size} patches of "
                 f"{self.patch_size}; the position table has {self.positions_per_side} places a side, lower the edge"
             )
         if self.max_pixels > _PILLOW_PIXELS:
-            raise ValueError(f"images.max_pixels is {self.max_pixels}; Pillow lets at most {_PILLOW_PIXELS} through")
+            raise UserError(f"images.max_pixels is {self.max_pixels}; Pillow lets at most {_PILLOW_PIXELS} through")
 
     @property
     def images_per_image(self) -> int:
@@ -121,11 +122,12 @@ def _axis_positions(count: int, positions: int) -> np.ndarray:
     """Buckets i / count into `positions` equal bins, in the reference's float32 steps.
 
     In whole numbers this is positions * i // count, but the reference rounds: at counts 25, 49, 50 and 55 of 70 some
-    patches fall one bin lower, and the released weights were trained so.
+    patches fall one bin lower, and the released weights were trained so. Of 70 the reference's boundaries are these
+    on any machine; of some other table sizes (19 is the first) torch.arange rounds them by the machine's vector width.
     """
-    boundaries = (np.arange(1, positions) / positions).astype(np.float32)
-    step = np.float32(1) / np.float32(count)
-    fractions = np.minimum(np.arange(count, dtype=np.float32) * step, np.float32(1 - 1e-6))
+    boundaries = (1 / positions + np.arange(positions - 1) * (1 / positions)).astype(np.float32)
+    fractions = np.arange(count, dtype=np.float32) * (np.float32(1) / np.float32(count))
+    fractions = np.minimum(fractions, np.float32(1 - 1e-6))
     return np.searchsorted(boundaries, fractions, side="right").astype(np.int32)
 
 

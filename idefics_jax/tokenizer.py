@@ -2,25 +2,31 @@
 
 The ids are those of transformers' LlamaTokenizer with `legacy=False`, which Idefics2 was released with: a word
 boundary is put before the text that opens a sequence (unless it brings its own space), and before no other. The
-control tokens `<fake_token_around_image>`, `<image>` and `<end_of_utterance>` follow the sentencepiece vocabulary
-(32000, 32001, 32002 on Mistral's). They exist only as ids: text that spells one is encoded as text.
+control tokens follow the sentencepiece vocabulary (32000, 32001, 32002 on Mistral's). They exist only as ids: text
+that spells one is encoded as text.
 """
 
 import io
-import pathlib
+import re
+from collections.abc import Iterable
 
 import sentencepiece
+from etils import epath
 from sentencepiece import sentencepiece_model_pb2
+
+from idefics_jax.errors import UserError
 
 FAKE_TOKEN = "<fake_token_around_image>"
 IMAGE_TOKEN = "<image>"
 END_OF_UTTERANCE = "<end_of_utterance>"
+CONTROL_TOKENS = (FAKE_TOKEN, IMAGE_TOKEN, END_OF_UTTERANCE)
 
-_WORD_BOUNDARY = "\u2581"  # how sentencepiece writes a space
+WORD_BOUNDARY = "\u2581"  # how sentencepiece writes a space
+_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 class Tokenizer:
-    """A sentencepiece model and the ids of the control tokens.
+    """A sentencepiece BPE model and the ids of the control tokens.
 
     Attributes:
       model: the sentencepiece file, byte for byte.
@@ -31,39 +37,28 @@ class Tokenizer:
     """
 
     def __init__(self, model: bytes):
-        spec = sentencepiece_model_pb2.ModelProto()
-        try:
-            spec.ParseFromString(model)
-            # The word boundary is put by `encode_spans`; sentencepiece would put one before every stretch of text.
-            spec.normalizer_spec.add_dummy_prefix = False
-            spec.normalizer_spec.remove_extra_whitespaces = False
-            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=spec.SerializeToString())
-        except Exception as error:  # protobuf and sentencepiece each raise their own types
-            raise ValueError(f"{len(model)} bytes are not a sentencepiece model ({error})") from None
+        spec = _parse(model)
+        # `encode_spans` puts the word boundary; sentencepiece would put one before every stretch of text.
+        spec.normalizer_spec.add_dummy_prefix = False
+        spec.normalizer_spec.remove_extra_whitespaces = False
+        self._text = sentencepiece.SentencePieceProcessor(model_proto=spec.SerializeToString())
         self.model = model
-        self.unk_id, self.bos_id, self.eos_id = (
-            self._pieces.unk_id(),
-            self._pieces.bos_id(),
-            self._pieces.eos_id(),
-        )
-        for name, value in (("unk", self.unk_id), ("bos", self.bos_id), ("eos", self.eos_id)):
-            if value < 0:
-                raise ValueError(f"the sentencepiece model has no {name} piece; train it with one")
+        self.unk_id, self.bos_id, self.eos_id = self._text.unk_id(), self._text.bos_id(), self._text.eos_id()
         self.pad_id = self.unk_id
-        text_ids = self._pieces.get_piece_size()
-        self.fake_token_id, self.image_token_id, self.end_of_utterance_id = range(text_ids, text_ids + 3)
-        self.vocab_size = text_ids + 3
+        first = len(spec.pieces)
+        self.fake_token_id, self.image_token_id, self.end_of_utterance_id = range(first, first + len(CONTROL_TOKENS))
+        self.vocab_size = first + len(CONTROL_TOKENS)
 
     @classmethod
-    def load(cls, path: str | pathlib.Path) -> "Tokenizer":
-        """Reads a sentencepiece model file; raises FileNotFoundError or ValueError naming it."""
-        path = pathlib.Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist; a sentencepiece model is expected there")
+    def load(cls, path: epath.PathLike) -> "Tokenizer":
+        """Reads a sentencepiece model file; raises UserError naming it."""
+        path = epath.Path(path)
+        if not path.exists():
+            raise UserError(f"{path} does not exist; give the path of a sentencepiece model")
         try:
             return cls(path.read_bytes())
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
 
     def encode(self, text: str, *, at_start: bool) -> list[int]:
         """Returns the ids of a stretch of text; see `encode_spans`."""
@@ -73,40 +68,67 @@ class Tokenizer:
         """Encodes a stretch of text between control tokens.
 
         Args:
-          text: any string; no substring of it becomes a control token, and lone surrogates become U+FFFD.
+          text: any string; nothing in it becomes a control token, and surrogates become U+FFFD.
           at_start: whether the text opens the sequence, and so gets a word boundary before it.
 
         Returns:
-          The ids, and for each id the index of the character of `text` it begins at.
+          The ids, and for each id the index of the character of `text` that it begins at.
         """
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if _has_surrogate(text) else text
-        boundary = at_start and text != "" and not text.startswith((" ", _WORD_BOUNDARY))
-        encoded = self._pieces.encode(" " + text if boundary else text, return_type="offset_mapping")
-        begins = [max(begin - boundary, 0) for begin, _ in encoded["offsets"]]
-        return encoded["ids"], begins
+        text = _SURROGATES.sub("\ufffd", text)
+        boundary = at_start and text != "" and text[0] not in (" ", WORD_BOUNDARY)
+        encoded = self._text.encode(" " + text if boundary else text, return_type="offset_mapping")
+        return encoded["ids"], [max(begin - boundary, 0) for begin, _ in encoded["offsets"]]
 
-    def decode(self, ids: list[int]) -> str:
-        """Returns the text of ids without control tokens and without the word boundary that opens it."""
-        text = self._pieces.decode([int(token) for token in ids if self._is_text(int(token))])
-        return text.removeprefix(" ")
+    def decode(self, ids: Iterable[int]) -> str:
+        """Returns the text of ids, without special tokens and without the word boundary that opens it."""
+        return self._text.decode([int(token) for token in ids if self._is_text(int(token))]).removeprefix(" ")
+
+    def piece(self, token: int) -> str:
+        """Returns how an id below the control tokens is spelt."""
+        return self._text.id_to_piece(token)
 
     def _is_text(self, token: int) -> bool:
-        return 0 <= token < self.fake_token_id and not self._pieces.is_control(token) and token != self.unk_id
+        return 0 <= token < self.fake_token_id and token != self.unk_id and not self._text.is_control(token)
 
 
-def train_tokenizer(texts, vocab_size: int) -> bytes:
-    """Trains a small byte-fallback BPE model with the trainer flags of Mistral's; the same texts give the same bytes.
+def _parse(model: bytes) -> sentencepiece_model_pb2.ModelProto:
+    """Parses a sentencepiece file and checks that it is one this tokenizer honours; raises UserError."""
+    spec = sentencepiece_model_pb2.ModelProto()
+    try:
+        spec.ParseFromString(model)
+        names = {piece.piece for piece in spec.pieces}
+        sentencepiece.SentencePieceProcessor(model_proto=model)
+    except Exception as error:  # protobuf and sentencepiece raise types of their own
+        raise UserError(f"{len(model)} bytes that are not a sentencepiece model ({error})") from None
+    trainer = spec.trainer_spec
+    if trainer.model_type != trainer.BPE:
+        raise UserError("the sentencepiece model is not of type BPE; train it with model_type='bpe'")
+    if spec.normalizer_spec.precompiled_charsmap:
+        raise UserError(
+            f"the sentencepiece model rewrites text ({spec.normalizer_spec.name}); "
+            "train it with normalization_rule_name='identity'"
+        )
+    if min(trainer.unk_id, trainer.bos_id, trainer.eos_id) < 0:
+        raise UserError("the sentencepiece model lacks an unk, bos or eos piece; train it with all three")
+    for name in CONTROL_TOKENS:
+        if name in names:
+            raise UserError(f"the sentencepiece model holds {name} as a piece, so text could forge it; train without")
+    return spec
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
+    """Trains a small byte-fallback BPE model with the trainer flags of Mistral's; equal texts give equal bytes.
 
     Args:
-      texts: an iterable of strings.
-      vocab_size: the most pieces, of which 259 are bytes and specials; fewer come out if the texts hold fewer.
+      texts: what to train on; surrogates become U+FFFD.
+      vocab_size: the most pieces, 259 of which are bytes and specials; fewer come out where the texts hold fewer.
 
     Returns:
       The sentencepiece model file.
     """
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts),
+        sentence_iterator=(_SURROGATES.sub("\ufffd", text) for text in texts),
         model_writer=model,
         vocab_size=vocab_size,
         model_type="bpe",
@@ -121,7 +143,3 @@ def train_tokenizer(texts, vocab_size: int) -> bytes:
         minloglevel=2,
     )
     return model.getvalue()
-
-
-def _has_surrogate(text: str) -> bool:
-    return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
