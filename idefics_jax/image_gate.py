@@ -66,7 +66,7 @@ def open_image(data: bytes, *, max_pixels: int) -> PIL.Image.Image:
         ) from None
     _check_size(kind, width, height, max_pixels)
     image = parse(kind, lambda: PIL.Image.open(io.BytesIO(data), formats=[kind]))
-    _check_size(kind, *image.size, max_pixels)  # a GIF's first frame may be larger than the screen it declares
+    _check_size(kind, *image.size, max_pixels)  # the frame of a GIF may be larger than its screen
     return image
 
 
@@ -74,6 +74,8 @@ def parse(kind: str, read):
     """Returns `read()`, with whatever Pillow raises on damaged bytes turned into RejectedImage."""
     try:
         return read()
+    except PIL.Image.DecompressionBombError as error:  # a GIF whose first frame outgrows the screen it declares
+        raise RejectedImage("bomb", f"the {kind} image is a decompression bomb ({error}); scale it down") from None
     except Exception as error:  # Pillow's parsers raise a dozen types, from struct.error to SyntaxError
         reason = "truncated" if "truncated" in str(error).lower() or isinstance(error, EOFError) else "corrupt"
         message = f"the {kind} image cannot be read ({error}); store the file again from its source"
