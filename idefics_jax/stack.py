@@ -27,7 +27,12 @@ def stack(block: type[nn.Module], *, length: int, remat: str) -> type[nn.Module]
       block: the layer's module class.
       length: L, number of layers.
       remat: name in REMAT_POLICIES.
+
+    Raises:
+      ValueError: there is no policy of that name.
     """
+    if remat not in REMAT_POLICIES:
+        raise ValueError(f"remat is {remat!r}; choose one of {', '.join(REMAT_POLICIES)}")
     if REMAT_POLICIES[remat] is not None:
         block = nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=False)
     return nn.scan(
