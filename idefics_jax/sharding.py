@@ -44,7 +44,8 @@ RULES: dict[str, dict[str, Any]] = {
     "fsdp_tensor": {
         **_FSDP,
         **_ACTIVATIONS,
-        **dict.fromkeys(("mlp", "heads", "kv_heads", "vocab", "vision_heads", "vision_mlp"), "tensor"),
+        # Not vocab: the released vocabulary, 32,003, is prime, so no number of devices divides it.
+        **dict.fromkeys(("mlp", "heads", "kv_heads", "vision_heads", "vision_mlp"), "tensor"),
     },
 }
 
@@ -70,8 +71,10 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
     if free:
         shape[free[0]] = len(devices) // -np.prod(shape)
     if np.prod(shape) != len(devices):
-        raise ValueError(f"mesh sizes {dict(zip(MESH_AXES, shape, strict=True))} need {np.prod(shape)} devices; "
-                         f"there are {len(devices)}")
+        raise ValueError(
+            f"mesh sizes {dict(zip(MESH_AXES, shape, strict=True))} need {np.prod(shape)} devices; "
+            f"there are {len(devices)}"
+        )
     return Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
@@ -86,24 +89,33 @@ def spec(names: tuple[str | None, ...], rules: Mapping[str, Any]) -> PartitionSp
     """Translates the logical names of one array.
 
     Raises:
-      ValueError: a name that the table lacks, or two dims cut along the same mesh axis. A collision of two equal
-        names (a square [embed, embed] kernel) cuts the first dim only.
+      ValueError: a name that the table lacks, or two dims cut along the same mesh axis.
     """
-    axes: list[Any] = []
+    axes = []
     used: dict[str, str] = {}
     for name in names:
         if name is not None and name not in rules:
             raise ValueError(f"logical axis {name!r} is not in the sharding rules; add it to sharding.RULES")
         axis = rules.get(name)
         for mesh_axis in (axis,) if isinstance(axis, str) else axis or ():
-            if mesh_axis in used and used[mesh_axis] != name:
-                raise ValueError(f"logical axes {used[mesh_axis]!r} and {name!r} of one array both map to mesh axis "
-                                 f"{mesh_axis!r}; change one of the two in sharding.RULES")
             if mesh_axis in used:
-                axis = None
+                raise ValueError(
+                    f"logical axes {used[mesh_axis]!r} and {name!r} of one array both map to mesh axis "
+                    f"{mesh_axis!r}; change one of the two in sharding.RULES"
+                )
             used[mesh_axis] = name
         axes.append(axis)
     return PartitionSpec(*axes)
+
+
+def constrain(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+    """Lays an activation out by its logical names; outside `use_mesh` returns it as it is.
+
+    Raises:
+      ValueError: as `spec`. Flax's own nn.with_logical_constraint leaves a dim it cannot place unsharded, silently.
+    """
+    rules = nn.get_logical_axis_rules()
+    return jax.lax.with_sharding_constraint(x, spec(names, dict(rules))) if rules else x
 
 
 def logical_axes(boxed: Any) -> Any:

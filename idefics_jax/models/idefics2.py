@@ -14,6 +14,7 @@ from idefics_jax.layers import Dtype
 from idefics_jax.models.mistral import Mistral
 from idefics_jax.models.perceiver import PerceiverConnector
 from idefics_jax.models.siglip import Siglip
+from idefics_jax.sharding import constrain
 
 
 def merge(x: jax.Array, latents: jax.Array, is_image: jax.Array) -> jax.Array:
@@ -63,7 +64,7 @@ class Idefics2(nn.Module):
         x = self.text_model.embed(batch["tokens"])
         if "patches" in batch:
             x = merge(x, self.embed_images(batch), batch["tokens"] == self.config.image_token_id)
-        return nn.with_logical_constraint(x, ("act_batch", "act_length", "act_embed"))
+        return constrain(x, ("act_batch", "act_length", "act_embed"))
 
     def __call__(self, batch: Batch, cache: Cache | None = None) -> tuple[jax.Array, Cache | None]:
         """Returns the decoder's normed hidden states [B, T, D], and the cache with the batch's tokens written in."""

@@ -11,6 +11,7 @@ from idefics_jax.attention import Visibility, attend, rotary
 from idefics_jax.config import TextConfig
 from idefics_jax.inference.cache import Cache, write
 from idefics_jax.layers import Dtype, Embedding, GatedMLP, Linear, RMSNorm
+from idefics_jax.sharding import constrain
 from idefics_jax.stack import stack
 
 
@@ -60,7 +61,7 @@ class Layer(nn.Module):
             dtype=self.dtype,
             name="mlp",
         )
-        x = nn.with_logical_constraint(x + mlp(y), ("act_batch", "act_length", "act_embed"))
+        x = constrain(x + mlp(y), ("act_batch", "act_length", "act_embed"))
         return x, layer_cache
 
 

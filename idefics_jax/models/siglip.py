@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from idefics_jax.attention import Visibility, attend
 from idefics_jax.config import VisionConfig
 from idefics_jax.layers import ACTIVATIONS, Dtype, Embedding, LayerNorm, Linear
+from idefics_jax.sharding import constrain
 from idefics_jax.stack import stack
 
 
@@ -130,7 +131,7 @@ class Siglip(nn.Module):
         x = Embeddings(self.config, self.dtype, name="embeddings")(
             patches.reshape(*rows, patches.shape[-1]), positions.reshape(rows)
         )
-        x = nn.with_logical_constraint(x, ("act_batch", "act_patches", "act_embed"))
+        x = constrain(x, ("act_batch", "act_patches", "act_embed"))
         x = Encoder(self.config, self.dtype, self.remat, name="encoder")(x, Visibility(segments, segments))
         x = LayerNorm(self.config.layer_norm_eps, "vision_embed", name="post_layernorm")(x)
         return x.reshape(*image_ids.shape, -1)
