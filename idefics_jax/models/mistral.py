@@ -88,7 +88,8 @@ class Mistral(nn.Module):
         self.layers = stack(Layer, length=config.num_hidden_layers, remat=self.remat)(config, self.dtype)
         self.norm = RMSNorm(config.rms_norm_eps)
         if not self.tie:
-            self.lm_head = Linear(config.vocab_size, ("embed", "vocab"), config.initializer_range, self.dtype)
+            # float32 whatever the dtype: bf16 logits of equal rank would tie, and their rounding spoils the loss.
+            self.lm_head = Linear(config.vocab_size, ("embed", "vocab"), config.initializer_range, jnp.float32)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """int32 [B, T] -> [B, T, D]."""
@@ -122,7 +123,5 @@ class Mistral(nn.Module):
     def logits(self, x: jax.Array) -> jax.Array:
         """[..., D] -> float32 [..., V]."""
         if self.tie:
-            y = x.astype(self.dtype) @ self.embed_tokens.embedding.astype(self.dtype).T
-        else:
-            y = self.lm_head(x)
-        return y.astype(jnp.float32)
+            return x.astype(jnp.float32) @ self.embed_tokens.embedding.astype(jnp.float32).T
+        return self.lm_head(x)
