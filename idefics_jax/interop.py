@@ -10,6 +10,7 @@ import numpy as np
 
 from idefics_jax.batch import Batch
 from idefics_jax.config import Idefics2Config
+from idefics_jax.errors import UserError
 from idefics_jax.images import position_ids
 
 Array = Any  # numpy, JAX or torch (CPU) array
@@ -42,13 +43,13 @@ def hf_batch(
       back: int32 [B, T], where each Hugging Face token went in its row, -1 for padding (see `to_hf_positions`).
 
     Raises:
-      ValueError: shapes disagree, a mask is no rectangle of whole patches, or a row's `<image>` tokens are not
+      UserError: shapes disagree, a mask is no rectangle of whole patches, or a row's `<image>` tokens are not
         its images times the latents of each.
     """
     ids = np.asarray(input_ids)
     real = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask).astype(bool)
     if ids.ndim != 2 or real.shape != ids.shape:
-        raise ValueError(
+        raise UserError(
             f"input_ids is {list(ids.shape)} and attention_mask {list(real.shape)}; both must be [batch, tokens]"
         )
     places = np.where(real, np.cumsum(real, axis=1) - 1, -1).astype(np.int32)
@@ -56,7 +57,7 @@ def hf_batch(
     images = [[] for _ in ids]
     if pixel_values is not None:
         if len(pixel_values) != len(ids):
-            raise ValueError(f"pixel_values has {len(pixel_values)} rows and input_ids {len(ids)}; both need the same")
+            raise UserError(f"pixel_values has {len(pixel_values)} rows and input_ids {len(ids)}; both need the same")
         images = _real_images(np.asarray(pixel_values), pixel_attention_mask, config.vision_config.patch_size)
     _check_counts(batch["tokens"] == config.image_token_id, images, config.perceiver_config.resampler_n_latents)
     if any(images):
@@ -98,11 +99,11 @@ def _text_arrays(ids: np.ndarray, real: np.ndarray, places: np.ndarray, image_to
 def _real_images(pixels: np.ndarray, mask: Array | None, patch: int) -> list[list[tuple[np.ndarray, int, int]]]:
     """Returns each row's real images as (patches [rows * columns, C], rows, columns)."""
     if pixels.ndim != 5 or pixels.shape[2] != 3:
-        raise ValueError(f"pixel_values is {list(pixels.shape)}; it must be [batch, images, 3, height, width]")
+        raise UserError(f"pixel_values is {list(pixels.shape)}; it must be [batch, images, 3, height, width]")
     shape = (*pixels.shape[:2], *pixels.shape[3:])
     mask = np.ones(shape, bool) if mask is None else np.asarray(mask).astype(bool)
     if mask.shape != shape:
-        raise ValueError(f"pixel_attention_mask is {list(mask.shape)}; pixel_values ask for {list(shape)}")
+        raise UserError(f"pixel_attention_mask is {list(mask.shape)}; pixel_values ask for {list(shape)}")
     images = []
     for row in range(pixels.shape[0]):
         present = [i for i in range(pixels.shape[1]) if pixels[row, i].any()]
@@ -114,10 +115,10 @@ def _cut(pixels: np.ndarray, mask: np.ndarray, patch: int, where: str) -> tuple[
     """Cuts [3, H, W] into its whole patches [rows * columns, C], in reading order."""
     height, width = int(mask[:, 0].sum()), int(mask[0].sum())
     if not mask[:height, :width].all() or mask.sum() != height * width:
-        raise ValueError(f"pixel_attention_mask of {where} is no rectangle from the top left; pad right and below only")
+        raise UserError(f"pixel_attention_mask of {where} is no rectangle from the top left; pad right and below only")
     rows, columns = height // patch, width // patch
     if not rows or not columns:
-        raise ValueError(f"{where} is {width}x{height} pixels; it must hold at least one patch of {patch}x{patch}")
+        raise UserError(f"{where} is {width}x{height} pixels; it must hold at least one patch of {patch}x{patch}")
     grid = pixels[:, : rows * patch, : columns * patch].reshape(3, rows, patch, columns, patch)
     return grid.transpose(1, 3, 2, 4, 0).reshape(rows * columns, -1), rows, columns
 
@@ -125,7 +126,7 @@ def _cut(pixels: np.ndarray, mask: np.ndarray, patch: int, where: str) -> tuple[
 def _check_counts(is_image: np.ndarray, images: list[list], latents: int) -> None:
     for row, (found, own) in enumerate(zip(is_image.sum(axis=1), images, strict=True)):
         if found != len(own) * latents:
-            raise ValueError(
+            raise UserError(
                 f"row {row} has {found} <image> tokens; its {len(own)} images need {len(own) * latents} "
                 f"({latents} each)"
             )

@@ -1,35 +1,35 @@
 """Hugging Face's tensors to our parameters and back, by the table of rules.py.
 
 Both directions go leaf by leaf and keep every bit and every dtype. Where the tensors come from is not said here: any
-mapping from names to arrays will do, a lazily read folder (safetensors.py) included.
+mapping from names to arrays will do, a folder that is read as it is asked (hf_folder.py) included.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from idefics_jax.config import Idefics2Config
-from idefics_jax.convert.rules import EMBEDDING, HEAD, Leaf, flatten, insert, leaves
+from idefics_jax.convert.rules import EMBEDDING, HEAD, Leaf, leaves
+from idefics_jax.convert.tree import flatten, insert
+from idefics_jax.errors import UserError
 
-
-class ConversionError(ValueError):
-    """Weights that cannot be converted; the message names the tensor or file and the mend."""
+Shape = tuple[int, ...]
 
 
 def from_hf(tensors: Mapping[str, Any], config: Idefics2Config) -> dict[str, Any]:
     """Returns our parameters from Hugging Face's tensors.
 
     Args:
-      tensors: name -> array; each is read once, and needs only `.shape` and `np.asarray`.
+      tensors: name -> array; each is read once, and needs only `.shape` and what `np.asarray` needs.
       config: the model they belong to.
 
     Returns:
       The nested dict that `Idefics2(config).init` gives under "params", as numpy arrays in the tensors' own dtypes.
 
     Raises:
-      ConversionError: a tensor is missing, unexpected or mis-shaped (all of them are listed, before any is read), or
-        the layers of one family differ in dtype.
+      UserError: a tensor is missing, unexpected or mis-shaped (all are listed, before any is read), or the layers of
+        a family differ in dtype.
     """
     params: dict[str, Any] = {}
     for path, array in iter_from_hf(tensors, config):
@@ -38,11 +38,13 @@ def from_hf(tensors: Mapping[str, Any], config: Idefics2Config) -> dict[str, Any
 
 
 def iter_from_hf(tensors: Mapping[str, Any], config: Idefics2Config) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields ("a/b/c", array) of `from_hf` one leaf at a time, for a caller that cannot hold two copies of a model."""
+    """Yields ("a/b/c", array) of `from_hf` one leaf at a time, for a caller with no room for a second copy."""
     wanted = leaves(config)
-    check_names(tensors, wanted, tied=config.tie_word_embeddings)
-    if config.tie_word_embeddings and HEAD in tensors:
-        _check_tied(tensors)
+    tied = config.tie_word_embeddings and HEAD in tensors
+    _check_names({name for leaf in wanted for name in leaf.names}, set(tensors) - ({HEAD} if tied else set()))
+    _check_shapes((name, tuple(tensors[name].shape), leaf.hf_shape) for leaf in wanted for name in leaf.names)
+    if tied:
+        _check_tied(np.asarray(tensors[HEAD]), np.asarray(tensors[EMBEDDING]))
     for leaf in wanted:
         yield leaf.rule.ours, _read(tensors, leaf)
 
@@ -55,57 +57,54 @@ def to_hf(params: Mapping[str, Any], config: Idefics2Config) -> dict[str, np.nda
       config: the model they belong to.
 
     Raises:
-      ConversionError: a parameter is missing, unexpected or mis-shaped; all of them are listed.
+      UserError: a parameter is missing, unexpected or mis-shaped; all are listed.
     """
     return dict(iter_to_hf(params, config))
 
 
 def iter_to_hf(params: Mapping[str, Any], config: Idefics2Config) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (name, contiguous array) of `to_hf` one tensor at a time."""
-    flat, wanted = flatten(params), leaves(config)
-    _check_same({leaf.rule.ours for leaf in wanted}, set(flat), "parameters")
-    _check_shapes([(leaf.rule.ours, tuple(flat[leaf.rule.ours].shape), leaf.shape) for leaf in wanted])
-    for leaf in wanted:
+    check_params(params, config)
+    flat = flatten(params)
+    for leaf in leaves(config):
         array = np.asarray(flat[leaf.rule.ours])
         for i, name in enumerate(leaf.names):
             yield name, np.ascontiguousarray(leaf.rule.op.to_hf(array[i] if leaf.rule.stacked else array))
 
 
-def check_names(tensors: Mapping[str, Any], wanted: list[Leaf], *, tied: bool) -> None:
-    """Raises ConversionError unless `tensors` holds every tensor of `wanted`, of its shape, and no other.
-
-    A tied model's file may hold the head a second time.
-    """
-    shapes = {name: leaf.hf_shape for leaf in wanted for name in leaf.names}
-    found = set(tensors) - ({HEAD} if tied else set())
-    _check_same(set(shapes), found, "tensors")
-    _check_shapes([(name, tuple(tensors[name].shape), shape) for name, shape in shapes.items()])
+def check_params(params: Mapping[str, Any], config: Idefics2Config) -> None:
+    """Raises UserError unless a tree of arrays (or shapes) is that of the config; all differences are listed."""
+    flat, wanted = flatten(params), leaves(config)
+    _check_names({leaf.rule.ours for leaf in wanted}, set(flat))
+    _check_shapes((leaf.rule.ours, tuple(flat[leaf.rule.ours].shape), leaf.shape) for leaf in wanted)
 
 
-def _check_same(wanted: set[str], found: set[str], noun: str) -> None:
+def _check_names(wanted: set[str], found: set[str]) -> None:
     missing, unexpected = sorted(wanted - found), sorted(found - wanted)
     if missing or unexpected:
-        raise ConversionError(
-            f"the {noun} are not those that config.json describes; correct the config or the file\n"
-            f"  missing ({len(missing)}): {', '.join(missing) or 'none'}\n"
-            f"  unexpected ({len(unexpected)}): {', '.join(unexpected) or 'none'}"
+        raise UserError(
+            "the weights are not those that config.json describes, give the two that belong together; "
+            f"missing ({len(missing)}): {', '.join(missing) or 'none'}; "
+            f"unexpected ({len(unexpected)}): {', '.join(unexpected) or 'none'}"
         )
 
 
-def _check_shapes(triples: list[tuple[str, tuple[int, ...], tuple[int, ...]]]) -> None:
+def _check_shapes(found_and_wanted: Iterable[tuple[str, Shape, Shape]]) -> None:
     wrong = [
-        f"{name} is {list(found)}, config.json asks for {list(wanted)}"
-        for name, found, wanted in triples
+        f"{name} is {list(found)} and should be {list(wanted)}"
+        for name, found, wanted in found_and_wanted
         if found != wanted
     ]
     if wrong:
-        raise ConversionError(f"mis-shaped ({len(wrong)}), correct the config or the file: {'; '.join(sorted(wrong))}")
+        raise UserError(
+            "the weights are not of the sizes that config.json gives, give the two that belong together; "
+            f"mis-shaped ({len(wrong)}): {', '.join(sorted(wrong))}"
+        )
 
 
-def _check_tied(tensors: Mapping[str, Any]) -> None:
-    head, embedding = np.asarray(tensors[HEAD]), np.asarray(tensors[EMBEDDING])
+def _check_tied(head: np.ndarray, embedding: np.ndarray) -> None:
     if head.dtype != embedding.dtype or head.tobytes() != embedding.tobytes():
-        raise ConversionError(
+        raise UserError(
             f"{HEAD} differs from {EMBEDDING} although config.json ties them; set tie_word_embeddings to false"
         )
 
@@ -115,14 +114,12 @@ def _read(tensors: Mapping[str, Any], leaf: Leaf) -> np.ndarray:
     to_ours = leaf.rule.op.to_ours
     if not leaf.rule.stacked:
         return np.ascontiguousarray(to_ours(np.asarray(tensors[leaf.names[0]])))
-    stack = None
-    for i, name in enumerate(leaf.names):
+    first = to_ours(np.asarray(tensors[leaf.names[0]]))
+    stack = np.empty(leaf.shape, first.dtype)
+    stack[0] = first
+    for i, name in enumerate(leaf.names[1:], start=1):
         layer = to_ours(np.asarray(tensors[name]))
-        if stack is None:
-            stack = np.empty(leaf.shape, layer.dtype)
         if layer.dtype != stack.dtype:
-            raise ConversionError(
-                f"{name} is {layer.dtype} but {leaf.names[0]} is {stack.dtype}; save all layers in one dtype"
-            )
+            raise UserError(f"{name} is {layer.dtype} and {leaf.names[0]} {stack.dtype}; save all layers in one dtype")
         stack[i] = layer
     return stack

@@ -6,6 +6,7 @@ which are also those of the released checkpoints.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,10 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from idefics_jax.batch import BatchShape, batch_spec
 from idefics_jax.config import Idefics2Config
-from idefics_jax.models.idefics2 import Idefics2
-from idefics_jax.sharding import unbox
+from idefics_jax.convert.tree import flatten, param_shapes
 
 Array = Any  # numpy or JAX array: an op uses only methods that both have
 
@@ -150,16 +149,6 @@ RULES = (
 )
 
 
-def param_shapes(config: Idefics2Config) -> dict[str, Any]:
-    """Returns the nested dict of our parameters as ShapeDtypeStructs; nothing is allocated."""
-    shape = BatchShape(rows=1, tokens=1, vision_rows=1, patches=1, images=1, patch_dim=config.vision_config.patch_dim)
-    init = Idefics2(config).init
-    boxed = jax.eval_shape(
-        lambda rng, batch: init(rng, batch, method="full_logits"), jax.random.key(0), batch_spec(shape)
-    )
-    return unbox(boxed["params"])
-
-
 @dataclasses.dataclass(frozen=True)
 class Leaf:
     """One leaf of our parameters and the tensors of a Hugging Face file it is made of.
@@ -177,33 +166,18 @@ class Leaf:
     hf_shape: tuple[int, ...]
 
 
-def leaves(config: Idefics2Config) -> list[Leaf]:
+@functools.cache
+def leaves(config: Idefics2Config) -> tuple[Leaf, ...]:
     """Returns every leaf of a model of this config, in the order of the table."""
     shapes = flatten(param_shapes(config))
     rows = [rule for rule in RULES if rule.ours in shapes]
     unruled = sorted(set(shapes) - {rule.ours for rule in rows})
     if unruled:
         raise ValueError(f"parameter {unruled[0]} has no row in convert/rules.py; add one")
-    return [_leaf(rule, tuple(shapes[rule.ours].shape)) for rule in rows]
+    return tuple(_leaf(rule, tuple(shapes[rule.ours].shape)) for rule in rows)
 
 
 def _leaf(rule: Rule, shape: tuple[int, ...]) -> Leaf:
     layer = jax.ShapeDtypeStruct(shape[1:] if rule.stacked else shape, np.float32)
     names = tuple(rule.hf.format(i) for i in range(shape[0])) if rule.stacked else (rule.hf,)
     return Leaf(rule, shape, names, tuple(jax.eval_shape(rule.op.to_hf, layer).shape))
-
-
-def flatten(tree: dict[str, Any]) -> dict[str, Any]:
-    """Returns {"a/b/c": leaf} of a nested dict."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-
-
-def insert(tree: dict[str, Any], path: str, leaf: Any) -> None:
-    """Puts a leaf into a nested dict at "a/b/c"."""
-    *parents, name = path.split("/")
-    for parent in parents:
-        tree = tree.setdefault(parent, {})
-    tree[name] = leaf

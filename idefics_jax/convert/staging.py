@@ -1,0 +1,85 @@
+"""A folder that is written whole or not at all: filled beside its place, then renamed into it."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from etils import epath
+from jax.experimental import multihost_utils
+
+from idefics_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def staged(path: epath.PathLike, *, replace: bool) -> Iterator[epath.Path]:
+    """Yields an empty folder beside `path` that takes its place if the block ends well, and is removed if not.
+
+    On a local disk every file is flushed before the folder is renamed. With several processes all of them enter and
+    leave together; the first one makes, renames and removes.
+
+    Args:
+      path: the folder to write.
+      replace: whether a `path` that is there already gives way; otherwise only an empty folder does.
+
+    Raises:
+      UserError: `path` is in the way, or cannot be written.
+    """
+    path = epath.Path(path)
+    path = path if _is_remote(path) else epath.Path(os.path.abspath(path))
+    aside, old = (path.with_name(f".{path.name}.{word}") for word in ("partial", "old"))
+    if path.exists() and not replace and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} is there already; choose another folder, or remove it first")
+    first = jax.process_index() == 0
+    try:
+        if first:
+            if old.exists() and not path.exists():  # a death between the two renames below
+                old.rename(path)
+            for left_over in (aside, old):
+                _remove(left_over)
+            aside.mkdir(parents=True)
+        _wait_for_all(f"staged {path}")
+        yield aside
+        _wait_for_all(f"written {path}")
+        if first:
+            _flush(aside, below=True)
+            if path.exists():
+                path.rename(old)
+            aside.rename(path)
+            _flush(path.parent, below=False)
+            _remove(old)
+        _wait_for_all(f"renamed {path}")
+    except OSError as error:
+        raise UserError(
+            f"could not write {path} ({error.strerror or error}); free some space or choose another folder"
+        ) from error
+    finally:
+        if first:
+            _remove(aside)
+
+
+def _is_remote(path: epath.Path) -> bool:
+    return "://" in os.fspath(path)
+
+
+def _remove(path: epath.Path) -> None:
+    if path.exists():
+        path.rmtree()
+
+
+def _wait_for_all(what: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+def _flush(folder: epath.Path, *, below: bool) -> None:
+    """Flushes a folder, and with `below` all that is in it, to a local disk."""
+    if _is_remote(folder):
+        return
+    for path in [*(Path(folder).rglob("*") if below else ()), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
