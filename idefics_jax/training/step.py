@@ -1,0 +1,142 @@
+"""The training step: one jitted function from state and batch to the next state.
+
+    state = {"trainable": {"params": ..., "lora": ...}, "opt_state": ..., "step": int32 [], "halted_at": int32 []}
+
+(`trainable` holds only those of its two trees that have a leaf.) Trainable leaves are float32 masters; frozen
+parameters are an argument of their own and are never donated, copied or given optimizer state. A step whose loss or
+gradient is not finite changes nothing and sets `halted_at`; from then on every step is a no-op, so the host may look
+at the numbers late, without a sync in each step.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from idefics_jax.batch import Batch
+from idefics_jax.models.idefics2 import Idefics2
+from idefics_jax.param_transforms import lora
+from idefics_jax.param_transforms.partition import combine
+from idefics_jax.training.losses import next_token_loss
+
+State = dict[str, Any]
+RUNNING = -1
+
+
+def variables(trainable: dict[str, Any], frozen: dict[str, Any], spec: lora.LoraSpec) -> dict[str, Any]:
+    """Returns the model's variables: parameters joined from both parts, and scaled adapters if there are any."""
+    joined = {"params": combine(trainable.get("params", {}), frozen)}
+    if "lora" in trainable:
+        joined["lora"] = lora.scale(trainable["lora"], spec)
+    return joined
+
+
+def batch_sums(model: Idefics2, model_variables: dict[str, Any], batch: Batch, *, chunk: int) -> dict[str, jax.Array]:
+    """Returns the float32 sums of losses.next_token_loss over a batch."""
+    hidden, _ = model.apply(model_variables, batch)
+
+    def logits(x):
+        return model.apply(model_variables, x, method=Idefics2.logits)
+
+    return next_token_loss(hidden, batch["tokens"], batch["loss_weights"], logits, chunk=chunk)
+
+
+def make_train_step(
+    model: Idefics2,
+    optimizer: optax.GradientTransformation,
+    spec: lora.LoraSpec,
+    *,
+    accumulation: int,
+    chunk: int,
+) -> Callable[[State, Any, Batch], tuple[State, dict[str, jax.Array]]]:
+    """Builds `step(state, frozen, batch) -> (state, metrics)`, to be jitted with the state donated.
+
+    Args:
+      model: the module.
+      optimizer: from training.optimizer.
+      spec: LoRA targets of the adapters in the state.
+      accumulation: micro-batches a step; rows of the batch are dealt out to them. The loss is divided by the weight
+        of the whole batch, so the result does not depend on this number beyond rounding.
+      chunk: positions whose logits exist at once.
+
+    Returns:
+      The step. Metrics are scalars: loss, accuracy, grad_norm, update_norm, halted_at, and those of batch_counts.
+    """
+
+    def loss_fn(trainable, frozen, batch, total):
+        sums = batch_sums(model, variables(trainable, frozen, spec), batch, chunk=chunk)
+        return sums["loss"] / total, sums["correct"] / total
+
+    def gradients(trainable, frozen, batch):
+        total = jnp.maximum(jnp.sum(batch["loss_weights"]), 1.0)
+        grad = jax.value_and_grad(loss_fn, has_aux=True)
+        if accumulation == 1:
+            return grad(trainable, frozen, batch, total)
+
+        def add(carry, micro):
+            return jax.tree.map(jnp.add, carry, grad(trainable, frozen, micro, total)), None
+
+        # Row r goes to micro-batch r % accumulation: each keeps every device busy.
+        micros = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
+        zeros = ((jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, trainable))
+        return jax.lax.scan(add, zeros, micros)[0]
+
+    def step(state: State, frozen: Any, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+        (loss, accuracy), grads = gradients(state["trainable"], frozen, batch)
+        updates, opt_state = optimizer.update(grads, state["opt_state"], state["trainable"])
+        grad_norm, update_norm = optax.tree.norm(grads), optax.tree.norm(updates)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
+        running = (state["halted_at"] == RUNNING) & finite
+        new = {"trainable": optax.apply_updates(state["trainable"], updates), "opt_state": opt_state}
+        old = {name: state[name] for name in new}
+        new = jax.tree.map(lambda a, b: jnp.where(running, a, b), new, old)
+        new["step"] = state["step"] + running.astype(jnp.int32)
+        halt = jnp.where(state["halted_at"] == RUNNING, state["step"], state["halted_at"])
+        new["halted_at"] = jnp.where(running, RUNNING, halt)
+        metrics = {"loss": loss, "accuracy": accuracy, "grad_norm": grad_norm, "update_norm": update_norm}
+        return new, {**metrics, "halted_at": new["halted_at"], **batch_counts(batch)}
+
+    return step
+
+
+def batch_counts(batch: Batch) -> dict[str, jax.Array]:
+    """Counts what a batch holds: real tokens and images, and the useful share of its tokens and patches."""
+    tokens, patches = batch["segment_ids"] > 0, batch["patch_image_ids"] > 0
+    return {
+        "tokens": jnp.sum(tokens, dtype=jnp.float32),
+        "images": jnp.sum(batch["image_mask"], dtype=jnp.float32),
+        "token_fill": jnp.mean(tokens, dtype=jnp.float32),
+        "patch_fill": jnp.mean(patches, dtype=jnp.float32),
+    }
+
+
+def init_state(trainable: dict[str, Any], optimizer: optax.GradientTransformation) -> State:
+    """Returns the state before the first step; its leaves are float32 copies of `trainable`."""
+    trainable = jax.tree.map(lambda x: x.astype(jnp.float32), trainable)
+    return {
+        "trainable": trainable,
+        "opt_state": optimizer.init(trainable),
+        "step": jnp.zeros((), jnp.int32),
+        "halted_at": jnp.full((), RUNNING, jnp.int32),
+    }
+
+
+def state_axes(state_shapes: State, trainable_axes: dict[str, Any]) -> State:
+    """Returns the logical axes of a state: an optimizer leaf shaped like a parameter at its path lies as that does."""
+    by_path = {
+        tuple(key.key for key in path): names
+        for path, names in jax.tree_util.tree_flatten_with_path(trainable_axes, is_leaf=lambda x: isinstance(x, tuple))[
+            0
+        ]
+    }
+
+    def of_leaf(path: Sequence[Any], leaf: Any) -> tuple[str | None, ...]:
+        names = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+        for start in range(len(names)):
+            if names[start:] in by_path and len(by_path[names[start:]]) == leaf.ndim:
+                return by_path[names[start:]]
+        return (None,) * leaf.ndim
+
+    return jax.tree_util.tree_map_with_path(of_leaf, state_shapes)

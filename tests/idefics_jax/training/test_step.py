@@ -1,0 +1,119 @@
+"""The training step: frozen stays frozen, accumulation changes nothing, bad numbers do not reach the state."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from idefics_jax.param_transforms import lora, partition, paths
+from idefics_jax.training.optimizer import OptimizerConfig, make_optimizer
+from idefics_jax.training.step import init_state, make_train_step
+from tests.idefics_jax import tiny
+
+OPTIMIZER = OptimizerConfig(
+    name="adamw",
+    learning_rate=1e-2,
+    muon_learning_rate=1e-2,
+    schedule="constant",
+    warmup_steps=0,
+    b1=0.9,
+    b2=0.95,
+    weight_decay=0.1,
+    no_decay=(),
+    clip_norm=1.0,
+)
+SPEC = (lora.LoraTarget(r"text_model/layers/self_attn/[qkvo]_proj", rank=2, alpha=4.0),)
+RULES = {
+    "full": (((".*", "trainable"),), ()),
+    "lora": ((("connector/.*", "trainable"), (".*", "frozen")), SPEC),
+    "frozen": ((("connector/.*", "trainable"), (".*", "frozen")), ()),
+}
+
+
+@functools.cache
+def setup(variant: str, accumulation: int, name: str = "adamw"):
+    rules, spec = RULES[variant]
+    base, frozen = partition.partition(tiny.params(), rules)
+    trainable = {"params": base, **({"lora": lora.init(tiny.params(), spec, jax.random.key(0))} if spec else {})}
+    optimizer = make_optimizer(OptimizerConfig(**{**vars(OPTIMIZER), "name": name}), trainable, 100)
+    step = jax.jit(make_train_step(tiny.MODEL, optimizer, spec, accumulation=accumulation, chunk=8))
+    return step, init_state(trainable, optimizer), frozen
+
+
+def run(variant, steps, *, accumulation=1, name="adamw", batch=tiny.batch):
+    step, state, frozen = setup(variant, accumulation, name)
+    metrics = []
+    for index in range(steps):
+        state, scalars = step(state, frozen, batch(index))
+        metrics.append(scalars)
+    return state, frozen, metrics
+
+
+@pytest.mark.parametrize("variant", ["lora", "frozen"])
+def test_frozen_leaves_are_bit_identical_and_have_no_optimizer_state(variant):
+    state, frozen, _ = run(variant, 3)
+    _, before = partition.partition(tiny.params(), RULES[variant][0])
+    for path, leaf in paths.flatten(frozen).items():
+        assert np.array_equal(leaf, paths.flatten(before)[path]), path
+    trained = sum(leaf.size for leaf in jax.tree.leaves(state["trainable"]))
+    moments = sum(leaf.size for leaf in jax.tree.leaves(state["opt_state"]) if leaf.ndim)
+    assert moments == 2 * trained
+
+
+@pytest.mark.parametrize(("variant", "name"), [("lora", "adamw"), ("frozen", "adamw"), ("full", "muon")])
+def test_every_trainable_leaf_moves_and_the_loss_falls(variant, name):
+    state, _, metrics = run(variant, 12, name=name, batch=lambda _: tiny.batch(0))
+    start = setup(variant, 1, name)[1]
+    for path, leaf in paths.flatten(state["trainable"]).items():
+        assert not np.array_equal(leaf, paths.flatten(start["trainable"])[path]), path
+    assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.05
+    assert int(state["step"]) == 12
+
+
+def test_accumulation_gives_the_step_of_the_whole_batch():
+    def uneven(index):
+        batch = tiny.batch(index)
+        batch["loss_weights"][0] = 0
+        return batch
+
+    whole, _, metrics = run("lora", 1, batch=uneven)
+    split, _, split_metrics = run("lora", 1, accumulation=2, batch=uneven)
+    np.testing.assert_allclose(metrics[0]["loss"], split_metrics[0]["loss"], rtol=1e-5)
+    np.testing.assert_allclose(metrics[0]["grad_norm"], split_metrics[0]["grad_norm"], rtol=1e-5)
+    # AdamW's moments are the clipped gradient and its square: linear in what is compared, as the update is not.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole["opt_state"], split["opt_state"])
+
+
+def test_loss_is_weighted_by_loss_weights():
+    step, state, frozen = setup("frozen", 1)
+    batch = tiny.batch(0)
+    logits = tiny.logits({"params": tiny.params()}, batch)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], jnp.asarray(batch["tokens"][:, 1:]))
+    weights = batch["loss_weights"][:, :-1]
+    np.testing.assert_allclose(
+        step(state, frozen, batch)[1]["loss"], np.sum(losses * weights) / weights.sum(), rtol=1e-4
+    )
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_stops_those_after_it():
+    step, state, frozen = setup("frozen", 1)
+    state, _ = step(state, frozen, tiny.batch(0))
+    bad = jax.tree.map(lambda x: x.at[0].set(jnp.nan), frozen)
+    halted, metrics = step(state, bad, tiny.batch(1))
+    assert not np.isfinite(metrics["loss"])
+    after, _ = step(halted, frozen, tiny.batch(2))
+    for stopped in (halted, after):
+        assert int(stopped["halted_at"]) == 1
+        assert int(metrics["halted_at"]) == 1
+        assert int(stopped["step"]) == 1
+        for name in ("trainable", "opt_state"):
+            jax.tree.map(np.testing.assert_array_equal, stopped[name], state[name])
+
+
+def test_metrics_count_what_the_batch_holds():
+    _, _, metrics = run("frozen", 1)
+    found = {name: float(metrics[0][name]) for name in ("tokens", "images", "token_fill", "patch_fill")}
+    assert found == {"tokens": 80.0, "images": 8.0, "token_fill": pytest.approx(20 / 24), "patch_fill": 1.0}
