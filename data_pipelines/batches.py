@@ -1,0 +1,304 @@
+"""Documents into batches: encode, pack, decode, each a step on Grain's iterators.
+
+What waits to be packed is known by its index in the endless sequence of documents, so the whole position of the
+pipeline is a handful of integers: where reading stands, and the indices in the pool. Restoring reads the pool's
+documents again and goes on to the bit.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+from typing import Any
+
+import grain
+import numpy as np
+
+from data_pipelines.cache import Cache
+from data_pipelines.packing import Pool, Sizes, misfit, pack_row
+from data_pipelines.rejection import Ledger, Rejected
+from idefics_jax.batch import Batch, BatchShape, empty_batch, place_document
+from idefics_jax.documents import Document
+from idefics_jax.errors import UserError
+from idefics_jax.images import RejectedImage
+from idefics_jax.processor import Encoded, Processor
+
+# About what the Python objects of a small document take.
+_OBJECT_BYTES = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A document that fits a row: what to call it, its ids and its sizes."""
+
+    name: str
+    encoded: Encoded
+    sizes: Sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedRows:
+    """Each row's documents with their images' places (packing.Placement), and the Ledger's counts up to them."""
+
+    rows: tuple[tuple[tuple[Candidate, tuple[tuple[int, int], ...]], ...], ...]
+    seen: int
+    rejected: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedBatch:
+    """A batch and where it came from.
+
+    Attributes:
+      arrays: numpy arrays, as batch.py says.
+      documents: "source/file:row" of each document, row after row.
+      seen: documents read since training began, the waiting and the rejected ones included.
+      rejected: how many of those were rejected, by reason.
+    """
+
+    arrays: Batch
+    documents: tuple[str, ...]
+    seen: int
+    rejected: dict[str, int]
+
+
+def encode(document: Document, processor: Processor, shape: BatchShape) -> Candidate | Rejected:
+    """Turns a document into ids and sizes, or rejects it if no row could hold it; no pixel is decoded."""
+    name = f"{document.source}/{document.id}"
+    try:
+        encoded = processor.encode(document.parts, add_bos=True, add_eos=True)
+    except RejectedImage as error:
+        return Rejected(name, error.reason, str(error))
+    sizes = Sizes(len(encoded.tokens), tuple(rows * columns for rows, columns in encoded.grids))
+    fault = misfit(sizes, shape)
+    if fault is None and not encoded.trained[1:].any():
+        fault = "nothing-trained", "it has no text to learn from; drop the row"
+    return Candidate(name, encoded, sizes) if fault is None else Rejected(name, *fault)
+
+
+def encoded_size(candidate: Candidate | Rejected) -> int:
+    """Returns about how many bytes it takes to keep a document encoded."""
+    if isinstance(candidate, Rejected):
+        return _OBJECT_BYTES
+    return _OBJECT_BYTES + 5 * candidate.sizes.tokens + sum(map(len, candidate.encoded.images))
+
+
+class PackIterDataset(grain.IterDataset):
+    """Packs candidates, a batch of rows at a time, choosing each row's documents among many that wait."""
+
+    def __init__(
+        self,
+        parent: grain.MapDataset,
+        *,
+        shape: BatchShape,
+        lookahead: int,
+        rounds: int,
+        seed: int,
+        max_bad_fraction: float,
+        num_threads: int,
+        identity: str,
+    ):
+        """Composes with Grain.
+
+        Args:
+          parent: endless sequence of (index, Candidate or Rejected).
+          shape: budgets of a row, and rows in a batch.
+          lookahead: how many documents wait to be chosen from.
+          rounds: see packing.pack_row.
+          seed: of the choices.
+          max_bad_fraction: share of rejected documents above which iteration stops with a UserError.
+          num_threads: threads that read and encode; 0 for none.
+          identity: names everything the sequence depends on; a state saved under another is refused.
+        """
+        super().__init__(parent)
+        self._arguments = {
+            "shape": shape,
+            "lookahead": lookahead,
+            "rounds": rounds,
+            "seed": seed,
+            "max_bad_fraction": max_bad_fraction,
+            "num_threads": num_threads,
+            "identity": identity,
+        }
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _PackIterator(self._parent, **self._arguments)
+
+
+class _PackIterator(grain.DatasetIterator):
+    def __init__(
+        self,
+        documents: grain.MapDataset,
+        *,
+        shape: BatchShape,
+        lookahead: int,
+        rounds: int,
+        seed: int,
+        max_bad_fraction: float,
+        num_threads: int,
+        identity: str,
+    ):
+        options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=16 * num_threads)
+        super().__init__(documents.to_iter_dataset(options).__iter__())
+        self._documents = documents
+        self._shape = shape
+        self._lookahead = lookahead
+        self._rounds = rounds
+        self._seed = seed
+        self._identity = identity
+        self._ledger = Ledger(max_bad_fraction)
+        self._pool = Pool()
+        self._rows = 0
+
+    def __next__(self) -> PackedRows:
+        rows = []
+        for _ in range(self._shape.rows):
+            self._refill()
+            rng = np.random.default_rng((self._seed, self._rows))
+            placements = pack_row(self._pool, self._shape, rounds=self._rounds, rng=rng)
+            rows.append(tuple((placement.item[1], placement.vision_slots) for placement in placements))
+            self._rows += 1
+        return PackedRows(tuple(rows), self._ledger.seen, dict(self._ledger.rejected))
+
+    def get_state(self) -> dict[str, Any]:
+        return {
+            "identity": self._identity,
+            "parent": self._parent.get_state(),
+            "pool": [index for index, _ in self._pool.items],
+            "rows": self._rows,
+            "seen": self._ledger.seen,
+            "rejected": dict(self._ledger.rejected),
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        if state["identity"] != self._identity:
+            raise UserError(
+                f"the saved position belongs to other data or other data settings (it has {state['identity']}, this "
+                f"run {self._identity}); go on with the same files, config.data and number of processes"
+            )
+        self._parent.set_state(state["parent"])
+        self._ledger = Ledger(self._ledger.limit, state["seen"], state["rejected"])
+        self._rows = state["rows"]
+        self._pool = Pool()
+        for index in state["pool"]:
+            _, candidate = self._documents[index]
+            if isinstance(candidate, Rejected):
+                raise UserError(f"{candidate.name} could be read when the position was saved: {candidate.message}")
+            self._pool.add((index, candidate), candidate.sizes)
+
+    def _refill(self) -> None:
+        while len(self._pool) < self._lookahead:
+            index, candidate = next(self._parent)
+            self._ledger.seen += 1
+            if isinstance(candidate, Rejected):
+                self._ledger.reject(candidate)
+            else:
+                self._pool.add((index, candidate), candidate.sizes)
+
+
+class DecodeIterDataset(grain.IterDataset):
+    """Decodes the images of packed rows into batches; a document whose pixels are damaged leaves padding behind."""
+
+    def __init__(
+        self,
+        parent: grain.IterDataset,
+        *,
+        processor: Processor,
+        cache: Cache,
+        shape: BatchShape,
+        max_bad_fraction: float,
+        num_threads: int,
+    ):
+        """Composes with Grain; `cache` keeps patches, the other arguments are those of PackIterDataset and encode."""
+        super().__init__(parent)
+        self._arguments = {
+            "processor": processor,
+            "cache": cache,
+            "shape": shape,
+            "max_bad_fraction": max_bad_fraction,
+            "num_threads": num_threads,
+        }
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _DecodeIterator(self._parent.__iter__(), **self._arguments)
+
+
+class _DecodeIterator(grain.DatasetIterator):
+    def __init__(
+        self,
+        parent: grain.DatasetIterator,
+        *,
+        processor: Processor,
+        cache: Cache,
+        shape: BatchShape,
+        max_bad_fraction: float,
+        num_threads: int,
+    ):
+        super().__init__(parent)
+        self._processor = processor
+        self._cache = cache
+        self._shape = shape
+        self._limit = max_bad_fraction
+        self._undecodable: collections.Counter[str] = collections.Counter()
+        self._threads = concurrent.futures.ThreadPoolExecutor(num_threads) if num_threads else None
+
+    def __next__(self) -> PackedBatch:
+        packed = next(self._parent)
+        decode = self._threads.map if self._threads else map
+        decoded = list(decode(self._decode_row, packed.rows))
+        batch = empty_batch(self._shape)
+        names = []
+        for row, documents in enumerate(decoded):
+            names += self._place_row(batch, row, documents, packed)
+        rejected = collections.Counter(packed.rejected) + self._undecodable
+        return PackedBatch(batch, tuple(names), packed.seen, dict(rejected))
+
+    def get_state(self) -> dict[str, Any]:
+        return {"parent": self._parent.get_state(), "undecodable": dict(self._undecodable)}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._parent.set_state(state["parent"])
+        self._undecodable = collections.Counter(state["undecodable"])
+
+    def _decode_row(self, row: tuple) -> list[tuple[Candidate, tuple, list[np.ndarray] | Rejected]]:
+        return [
+            (candidate, slots, self._cache.get(candidate.name, lambda it=candidate: self._decode(it), _patch_bytes))
+            for candidate, slots in row
+        ]
+
+    def _decode(self, candidate: Candidate) -> list[np.ndarray] | Rejected:
+        try:
+            patches = self._processor.patches(candidate.encoded)
+        except RejectedImage as error:
+            return Rejected(candidate.name, error.reason, str(error))
+        if tuple(map(len, patches)) != candidate.sizes.images:
+            return Rejected(candidate.name, "corrupt", "an image is of another size than its header says")
+        return patches
+
+    def _place_row(self, batch: Batch, row: int, documents: list, packed: PackedRows) -> list[str]:
+        """Writes the documents that could be decoded, one after another; returns their names."""
+        names, token_offset, image_offset = [], 0, 0
+        for candidate, slots, patches in documents:
+            if isinstance(patches, Rejected):
+                counted = collections.Counter(packed.rejected) + self._undecodable
+                Ledger(self._limit, packed.seen, counted).reject(patches)
+                self._undecodable[patches.reason] += 1
+                continue
+            names.append(candidate.name)
+            place_document(
+                batch,
+                row,
+                encoded=candidate.encoded,
+                patches=patches,
+                segment=len(names),
+                token_offset=token_offset,
+                image_offset=image_offset,
+                vision_slots=list(slots),
+                positions_per_side=self._processor.image_rules.positions_per_side,
+            )
+            token_offset += len(candidate.encoded.tokens)
+            image_offset += len(patches)
+        return names
+
+
+def _patch_bytes(patches: list[np.ndarray] | Rejected) -> int:
+    return _OBJECT_BYTES + (0 if isinstance(patches, Rejected) else sum(patch.nbytes for patch in patches))

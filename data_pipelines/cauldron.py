@@ -1,0 +1,66 @@
+"""Conversations in The Cauldron's schema: images, then turns of a question and an answer about them.
+
+Schema: huggingface.co/datasets/HuggingFaceM4/the_cauldron. Text and loss as in the instruction tuning of Idefics2:
+
+    User:{images}{question}<end_of_utterance>
+    Assistant: {answer}<end_of_utterance>
+    User: {question}<end_of_utterance>
+    ...
+
+with the loss on the answers and the `<end_of_utterance>` that closes each.
+"""
+
+from typing import Any
+
+import pyarrow as pa
+
+from data_pipelines.image_files import read_image
+from data_pipelines.rejection import BadRow
+from idefics_jax.documents import EndOfUtterance, Image, Part, Text
+
+SCHEMA = pa.schema(
+    [
+        ("images", pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))),
+        ("texts", pa.list_(pa.struct([("user", pa.string()), ("assistant", pa.string()), ("source", pa.string())]))),
+    ]
+)
+# What a file must have: the name of the original data set is not needed.
+NEEDED = (
+    pa.schema(
+        [
+            SCHEMA.field("images"),
+            ("texts", pa.list_(pa.struct([("user", pa.string()), ("assistant", pa.string())]))),
+        ]
+    ),
+)
+
+
+def parts(row: dict[str, Any], image_root: str | None) -> tuple[Part, ...]:
+    """Turns a row into the parts of a document; `image_root` is where images that hold only a path lie.
+
+    Raises:
+      BadRow: an image or a text is missing, or there is no turn.
+    """
+    if not row["texts"]:
+        raise BadRow("no-turns", "it has no turns; a conversation needs a question and an answer")
+    images = tuple(_image(image, image_root) for image in row["images"] or ())
+    document: list[Part] = [Text("User:" if images else "User: ", trained=False), *images]
+    for i, turn in enumerate(row["texts"]):
+        if turn is None or turn["user"] is None or not turn["assistant"]:
+            raise BadRow("null-text", f"turn {i} lacks its question or its answer; fill it in or drop the turn")
+        document += [
+            Text(turn["user"] if i == 0 else f"\nUser: {turn['user']}", trained=False),
+            EndOfUtterance(trained=False),
+            Text("\nAssistant:", trained=False),
+            Text(f" {turn['assistant']}", trained=True),
+            EndOfUtterance(trained=True),
+        ]
+    return tuple(document)
+
+
+def _image(image: dict[str, Any] | None, image_root: str | None) -> Image:
+    if image is not None and image["bytes"] is not None:
+        return Image(image["bytes"])
+    if image is None or image["path"] is None:
+        raise BadRow("null-image", "an image holds neither bytes nor a path; store its bytes")
+    return Image(read_image(image["path"], image_root))

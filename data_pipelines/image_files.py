@@ -1,0 +1,28 @@
+"""Images that a row names instead of holding: files under a folder, never fetched."""
+
+import hashlib
+import os
+from pathlib import Path
+
+from data_pipelines.rejection import BadRow
+
+
+def read_image(name: str, root: str | None) -> bytes:
+    """Returns the bytes of an image that a row names.
+
+    Args:
+      name: a path under `root`; or a URL, which is looked up as the file `root`/<SHA-256 of the URL in hex>.
+      root: the folder of the images; None if the source has none.
+
+    Raises:
+      BadRow: there is no such file, or its path leads out of the folder.
+    """
+    if root is None:
+        raise BadRow("no-image-root", f"it names the image {name!r}; set the source's image_root to the images' folder")
+    file = hashlib.sha256(name.encode()).hexdigest() if "://" in name else os.path.normpath(name)
+    if os.path.isabs(file) or file.split(os.sep)[0] == os.pardir:
+        raise BadRow("outside-image-root", f"the image {name!r} lies outside {root}; move it there")
+    try:
+        return Path(root, file).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise BadRow("missing-image", f"the image {name!r} is not under {root} ({type(error).__name__})") from error

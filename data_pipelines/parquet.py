@@ -1,0 +1,136 @@
+"""Parquet files as one long list of rows, reached at random without loading them all.
+
+Only footers are read at the start. A row is reached through its row group, and the last few row groups stay in
+memory, so memory grows with the size of a row group and not with the corpus. Page checksums are verified where a
+file carries them.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import glob
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from idefics_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Footer:
+    """What a parquet file says of itself: its columns, and the number of rows of each row group."""
+
+    path: str
+    schema: pa.Schema
+    group_rows: tuple[int, ...]
+
+
+class ParquetRows:
+    """The rows of a set of parquet files, in the order of the files.
+
+    Attributes:
+      group_rows: int64 [groups], the number of rows of each row group.
+    """
+
+    def __init__(self, footers: Sequence[Footer], columns: Sequence[str], *, cached_groups: int):
+        """Reads nothing yet.
+
+        Args:
+          footers: of the files, all with the same columns.
+          columns: the columns to read; the files may have others, which are left alone.
+          cached_groups: row groups kept in memory.
+        """
+        self._columns = list(columns)
+        self._folder = os.path.commonpath([os.path.dirname(os.path.abspath(footer.path)) for footer in footers])
+        self._groups = [(footer.path, group) for footer in footers for group in range(len(footer.group_rows))]
+        self.group_rows = np.array([rows for footer in footers for rows in footer.group_rows], np.int64)
+        self._first_rows = [sum(footer.group_rows[:i]) for footer in footers for i in range(len(footer.group_rows))]
+        self._cached_groups = cached_groups
+        self._cache: collections.OrderedDict[int, pa.Table] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def name(self, group: int, row: int) -> str:
+        """Returns "file:row": the file from the folder that holds all of them, the row from the file's start."""
+        return f"{os.path.relpath(self._groups[group][0], self._folder)}:{self._first_rows[group] + row}"
+
+    def row(self, group: int, row: int) -> dict[str, Any]:
+        """Returns a row of a row group as Python values.
+
+        Raises:
+          OSError, pyarrow.ArrowInvalid: the row group is damaged.
+          UnicodeDecodeError: a text is not UTF-8.
+        """
+        table = self._load(group)
+        return {name: table.column(name)[row].as_py() for name in self._columns}
+
+    def _load(self, group: int) -> pa.Table:
+        with self._lock:
+            if group in self._cache:
+                self._cache.move_to_end(group)
+                return self._cache[group]
+            path, index = self._groups[group]
+            with _open(path) as file:
+                table = file.read_row_group(index, columns=self._columns)
+            self._cache[group] = table
+            if len(self._cache) > self._cached_groups:
+                self._cache.popitem(last=False)
+            return table
+
+
+def expand(patterns: Sequence[str], *, where: str) -> list[str]:
+    """Returns the files that paths and globs name, sorted within each glob.
+
+    Raises:
+      UserError: nothing matches, or a file is named twice; `where` opens the message.
+    """
+    paths = []
+    for pattern in patterns:
+        found = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
+        if not found or not all(Path(path).is_file() for path in found):
+            raise UserError(f"{where} names {pattern!r}, which matches no file; give the path or glob of parquet files")
+        paths += found
+    for path, count in collections.Counter(paths).items():
+        if count > 1:
+            raise UserError(f"{where} names {path!r} {count} times; name it once and raise the source's weight")
+    return paths
+
+
+def read_footers(paths: Sequence[str]) -> list[Footer]:
+    """Returns the footer of each file; raises UserError if one is not parquet."""
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        return list(pool.map(_read_footer, paths))
+
+
+def reads_as(found: pa.DataType, wanted: pa.DataType) -> bool:
+    """Says whether values of a found type can stand for a wanted one: any list, any binary, a struct with more."""
+    types = pa.types
+    if types.is_null(found):
+        return True
+    if types.is_list(wanted):
+        listed = types.is_list(found) or types.is_large_list(found) or types.is_fixed_size_list(found)
+        return listed and reads_as(found.value_type, wanted.value_type)
+    if types.is_struct(wanted):
+        fields = {field.name: field.type for field in found} if types.is_struct(found) else {}
+        return all(field.name in fields and reads_as(fields[field.name], field.type) for field in wanted)
+    if types.is_binary(wanted):
+        return types.is_binary(found) or types.is_large_binary(found) or types.is_binary_view(found)
+    return types.is_string(found) or types.is_large_string(found) or types.is_string_view(found)
+
+
+def _open(path: str) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError(f"{path} is not a readable parquet file ({error}); write it again") from error
+
+
+def _read_footer(path: str) -> Footer:
+    with _open(path) as file:
+        groups = range(file.num_row_groups)
+        return Footer(path, file.schema_arrow, tuple(file.metadata.row_group(group).num_rows for group in groups))

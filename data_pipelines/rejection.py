@@ -1,0 +1,58 @@
+"""What happens to documents that cannot be used: they are values that are counted, until there are too many."""
+
+import collections
+import dataclasses
+from collections.abc import Mapping
+
+from idefics_jax.errors import UserError
+
+# The share of rejected documents is judged as if at least this many had been seen, so that one early bad document
+# does not look like a hundred per cent.
+_SMALLEST_SAMPLE = 1000
+
+
+class BadRow(ValueError):
+    """A row that holds no usable document; `reason` is the word it is counted by."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclasses.dataclass(frozen=True)
+class Rejected:
+    """A document that was turned away: which one, the word it is counted by, and why in a sentence."""
+
+    name: str
+    reason: str
+    message: str
+
+
+class Ledger:
+    """Counts documents seen and rejected, by reason.
+
+    Attributes:
+      seen: documents so far, rejected ones among them.
+      rejected: how many were rejected, by reason.
+    """
+
+    def __init__(self, limit: float, seen: int = 0, rejected: Mapping[str, int] | None = None):
+        """`limit` is the share of rejected documents, in [0, 1), above which `reject` raises."""
+        self.limit = limit
+        self.seen = seen
+        self.rejected = collections.Counter(rejected or {})
+
+    def reject(self, document: Rejected) -> None:
+        """Counts a rejected document (which must have been counted as seen).
+
+        Raises:
+          UserError: more than the limit of the documents seen are rejected.
+        """
+        self.rejected[document.reason] += 1
+        total = self.rejected.total()
+        if total > self.limit * max(self.seen, _SMALLEST_SAMPLE):
+            reasons = ", ".join(f"{reason} {count}" for reason, count in self.rejected.most_common())
+            raise UserError(
+                f"{total} of {self.seen} documents were rejected ({reasons}), more than data.max_bad_fraction = "
+                f"{self.limit} allows; the last was {document.name}: {document.message}"
+            )

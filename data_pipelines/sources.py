@@ -1,0 +1,176 @@
+"""Sources: parquet files in a published schema, read as documents."""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from data_pipelines import cauldron, obelics, pairs, parquet
+from data_pipelines.cache import Cache
+from data_pipelines.order import EpochOrder
+from data_pipelines.rejection import BadRow, Rejected
+from idefics_jax.documents import Document
+from idefics_jax.errors import UserError
+
+# Kind -> the module that knows its schema and turns its rows into documents.
+KINDS = {"cauldron": cauldron, "obelics": obelics, "pairs": pairs}
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """A data set in a mixture.
+
+    Attributes:
+      name: what its documents are called in messages and counts.
+      kind: the schema of its files: cauldron, obelics or pairs.
+      paths: parquet files, as paths or globs.
+      weight: its share of the documents, relative to the other sources' weights.
+      image_root: folder of the images that rows name instead of holding (OBELICS); None if there are none.
+      window: row groups whose rows are shuffled together; twice as many may be in memory at once.
+    """
+
+    name: str
+    kind: str
+    paths: tuple[str, ...]
+    weight: float = 1.0
+    image_root: str | None = None
+    window: int = 4
+
+    def __post_init__(self):
+        where = f"source {self.name!r}"
+        if self.kind not in KINDS:
+            raise UserError(f"{where}: kind is {self.kind!r}; it must be one of {', '.join(KINDS)}")
+        if not self.paths:
+            raise UserError(f"{where}: paths is empty; name its parquet files")
+        if not 0 < self.weight < float("inf"):
+            raise UserError(f"{where}: weight is {self.weight!r}; it must be a positive number")
+        if self.window < 1:
+            raise UserError(f"{where}: window is {self.window!r}; it must be at least 1 row group")
+
+
+class DocumentSource:
+    """A source's documents as an endless, shuffled sequence with random access (a Grain data source)."""
+
+    def __init__(
+        self,
+        config: SourceConfig,
+        *,
+        prepare: Callable[[Document], Any],
+        prepared_size: Callable[[Any], int],
+        cache: Cache,
+        seed: int,
+        shard_index: int,
+        shard_count: int,
+    ):
+        """Opens the files.
+
+        Args:
+          config: what to read.
+          prepare: applied to each document; what it returns is the element. Rejected rows pass it by.
+          prepared_size: bytes that an element takes in the cache.
+          cache: keeps elements between epochs.
+          seed: of the order.
+          shard_index: which share of each epoch to read, from 0.
+          shard_count: how many shares there are.
+
+        Raises:
+          UserError: files are missing or have other columns, or there are fewer documents than shares.
+        """
+        self._config = config
+        self._prepare = prepare
+        self._prepared_size = prepared_size
+        self._cache = cache
+        self._rows = _open_rows(config)
+        if self._rows.group_rows.sum() < shard_count:
+            raise UserError(
+                f"source {config.name!r} has {self._rows.group_rows.sum()} documents for {shard_count} processes; "
+                "use fewer processes or more data"
+            )
+        self._order = EpochOrder(
+            self._rows.group_rows,
+            window=config.window,
+            seed=seed,
+            shard_index=shard_index,
+            shard_count=shard_count,
+        )
+
+    @property
+    def group_rows(self) -> np.ndarray:
+        """int64 [groups]: the rows of each row group."""
+        return self._rows.group_rows
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> Any:
+        place = self._order(index)
+        return self._cache.get((self._config, place), lambda: self._make(*place), self._prepared_size)
+
+    def _make(self, group: int, row: int) -> Any:
+        document = _read(self._config, self._rows, group, row)
+        return document if isinstance(document, Rejected) else self._prepare(document)
+
+
+def read_documents(config: SourceConfig) -> Iterator[Document]:
+    """Yields every document of a source once, in the order of its files: for evaluation.
+
+    Raises:
+      UserError: the files are missing or have other columns, or a row holds no document.
+    """
+    rows = _open_rows(config)
+    for group, count in enumerate(rows.group_rows):
+        for row in range(count):
+            document = _read(config, rows, group, row)
+            if isinstance(document, Rejected):
+                raise UserError(f"{document.name} cannot be used ({document.message}); mend it or drop the row")
+            yield document
+
+
+def _open_rows(config: SourceConfig) -> parquet.ParquetRows:
+    footers = parquet.read_footers(parquet.expand(config.paths, where=f"source {config.name!r}: paths"))
+    columns = [_columns(footer, config) for footer in footers]
+    if any(names != columns[0] for names in columns):
+        raise UserError(f"source {config.name!r} mixes files with different image columns; make a source of each")
+    if not any(sum(footer.group_rows) for footer in footers):
+        raise UserError(f"source {config.name!r}: {', '.join(config.paths)} hold no rows; name files that do")
+    return parquet.ParquetRows(footers, columns[0], cached_groups=2 * config.window)
+
+
+def _columns(footer: parquet.Footer, config: SourceConfig) -> list[str]:
+    """Returns the columns to read of a file of the source's kind."""
+    schema = footer.schema
+    for needed in KINDS[config.kind].NEEDED:
+        if _has(schema, needed):
+            return needed.names
+    others = [kind for kind, module in KINDS.items() if any(_has(schema, needed) for needed in module.NEEDED)]
+    accepted = "; ".join(f"{kind}: {_show(module.SCHEMA)}" for kind, module in KINDS.items())
+    raise UserError(
+        f"{footer.path} of source {config.name!r} has the columns {_show(schema)}, which are not those of kind "
+        f"{config.kind!r}: {f'set kind to {others[0]!r}' if others else f'convert it to one of {accepted}'}"
+    )
+
+
+def _has(schema: pa.Schema, needed: pa.Schema) -> bool:
+    return all(
+        field.name in schema.names and parquet.reads_as(schema.field(field.name).type, field.type) for field in needed
+    )
+
+
+def _show(schema: pa.Schema) -> str:
+    return ", ".join(f"{field.name} {field.type}" for field in schema)
+
+
+def _read(config: SourceConfig, rows: parquet.ParquetRows, group: int, row: int) -> Document | Rejected:
+    name = rows.name(group, row)
+    try:
+        values = rows.row(group, row)
+        return Document(KINDS[config.kind].parts(values, config.image_root), source=config.name, id=name)
+    except BadRow as error:
+        return Rejected(f"{config.name}/{name}", error.reason, str(error))
+    except UnicodeDecodeError:
+        return Rejected(f"{config.name}/{name}", "not-utf8", "a text is not UTF-8; write it again")
+    except (OSError, pa.ArrowInvalid) as error:
+        return Rejected(f"{config.name}/{name}", "damaged-parquet", f"its row group cannot be read ({error})")
