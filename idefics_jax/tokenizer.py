@@ -97,7 +97,7 @@ def _parse(model: bytes) -> sentencepiece_model_pb2.ModelProto:
     try:
         spec.ParseFromString(model)
         names = {piece.piece for piece in spec.pieces}
-        sentencepiece.SentencePieceProcessor(model_proto=model)
+        sentencepiece.SentencePieceProcessor().load_from_serialized_proto(model)
     except Exception as error:  # protobuf and sentencepiece raise types of their own
         raise UserError(f"{len(model)} bytes that are not a sentencepiece model ({error})") from None
     trainer = spec.trainer_spec

@@ -2,9 +2,14 @@
 
 import hashlib
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
+
+from idefics_jax.images import ImageRules
+from idefics_jax.processor import Processor
+from idefics_jax.tokenizer import Tokenizer
 
 MISTRAL_SHA256 = "dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055"
 
@@ -16,3 +21,22 @@ def mistral_model() -> Path:
     path = Path(folder) / "data" / "tokenizer.model.v1"
     assert hashlib.sha256(path.read_bytes()).hexdigest() == MISTRAL_SHA256
     return path
+
+
+@pytest.fixture(scope="session")
+def mistral(mistral_model) -> Tokenizer:
+    return Tokenizer.load(mistral_model)
+
+
+@pytest.fixture(scope="session")
+def released(mistral) -> Processor:
+    """The processor of the released base model."""
+    rules = ImageRules(
+        patch_size=14,
+        longest_edge=980,
+        shortest_edge=378,
+        positions_per_side=70,
+        split=False,
+        max_pixels=64_000_000,
+    )
+    return Processor(mistral, rules, 64)
