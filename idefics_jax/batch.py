@@ -18,12 +18,15 @@ latents. Patches are raw uint8 and are normalised on the device; float32 patches
 """
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
 from idefics_jax import images
+
+if TYPE_CHECKING:  # the processor builds batches, so it imports this module
+    from idefics_jax.processor import Encoded
 
 Batch = dict[str, Any]
 
@@ -80,7 +83,7 @@ def place_document(
     batch: Batch,
     row: int,
     *,
-    encoded,
+    encoded: "Encoded",
     patches: list[np.ndarray],
     segment: int,
     token_offset: int,
@@ -93,7 +96,7 @@ def place_document(
     Args:
       batch: as from `empty_batch`; the places written to must still be padding.
       row: the row it goes to.
-      encoded: the document (processor.Encoded).
+      encoded: the document.
       patches: uint8 [rows * columns, C] of each of the document's images, in the order of `encoded.grids`.
       segment: its number within the row, from 1.
       token_offset: where its tokens begin in the row.
@@ -120,7 +123,14 @@ def place_document(
     batch["image_mask"][row, image_offset : image_offset + len(patches)] = 1
 
 
-def _check_place(batch, encoded, patches, token_offset, image_offset, vision_slots) -> None:
+def _check_place(
+    batch: Batch,
+    encoded: "Encoded",
+    patches: list[np.ndarray],
+    token_offset: int,
+    image_offset: int,
+    vision_slots: list[tuple[int, int]],
+) -> None:
     row_tokens, row_images = batch["tokens"].shape[1], batch["image_mask"].shape[1]
     vision_rows, row_patches = batch["patch_image_ids"].shape[1:]
     if token_offset + len(encoded.tokens) > row_tokens:
