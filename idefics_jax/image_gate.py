@@ -8,6 +8,7 @@ are never reached.
 
 import io
 import struct
+from collections.abc import Callable
 
 import PIL.Image
 
@@ -70,7 +71,7 @@ def open_image(data: bytes, *, max_pixels: int) -> PIL.Image.Image:
     return image
 
 
-def parse(kind: str, read):
+def parse(kind: str, read: Callable[[], PIL.Image.Image]) -> PIL.Image.Image:
     """Returns `read()`, with whatever Pillow raises on damaged bytes turned into RejectedImage."""
     try:
         return read()
@@ -78,8 +79,10 @@ def parse(kind: str, read):
         raise RejectedImage("bomb", f"the {kind} image is a decompression bomb ({error}); scale it down") from None
     except Exception as error:  # Pillow's parsers raise a dozen types, from struct.error to SyntaxError
         reason = "truncated" if "truncated" in str(error).lower() or isinstance(error, EOFError) else "corrupt"
-        message = f"the {kind} image cannot be read ({error}); store the file again from its source"
-        raise RejectedImage(reason, message.replace("\n", " ")) from None
+        detail = "its header is damaged" if isinstance(error, PIL.UnidentifiedImageError) else str(error) or repr(error)
+        raise RejectedImage(
+            reason, f"the {kind} image cannot be read ({' '.join(detail.split())}); store it again from its source"
+        ) from None
 
 
 def transpose_of(image: PIL.Image.Image) -> PIL.Image.Transpose | None:

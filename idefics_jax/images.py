@@ -180,7 +180,7 @@ def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
         image = image.convert("RGBA")
         white = PIL.Image.new("RGBA", image.size, "white")
         image = PIL.Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _high_byte(image: PIL.Image.Image) -> PIL.Image.Image:

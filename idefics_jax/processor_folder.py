@@ -175,6 +175,13 @@ def _check_model(
                 f"{folder}/config.json has {name} = {theirs} and the processor beside it {ours}; "
                 "take both from the same model"
             )
+    if tokenizer.vocab_size > model.text_config.vocab_size:  # as in the released base model
+        logging.warning(
+            "%s: the model has %d embeddings and the tokenizer %d ids; resize them before training on conversations",
+            folder,
+            model.text_config.vocab_size,
+            tokenizer.vocab_size,
+        )
 
 
 def _check_fixed(values: Mapping[str, Any], fixed: Mapping[str, Any], where: str) -> None:

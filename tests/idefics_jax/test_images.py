@@ -245,6 +245,14 @@ def test_an_animation_is_its_first_frame(kind):
     assert first_pixel(data) == [0, 0, 255]
 
 
+def test_a_jpeg_of_several_pictures_is_its_first():
+    """As phones write them: Pillow calls the format MPO."""
+    frames = [PIL.Image.new("RGB", (16, 16), colour) for colour in ((0, 0, 254), (254, 0, 0))]
+    data = encoded(frames[0], "MPO", save_all=True, append_images=frames[1:])
+    assert data[:3] == b"\xff\xd8\xff"
+    assert first_pixel(data) == [0, 0, 254]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

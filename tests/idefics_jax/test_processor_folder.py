@@ -184,6 +184,19 @@ def test_a_processor_of_another_model_is_refused(small, folder, change, message)
             Processor.load(folder)
 
 
+def test_a_model_without_a_row_for_every_id_is_warned_of(mistral_model, tmp_path, monkeypatch):
+    """The released base model has 32002 embeddings: none for <end_of_utterance>."""
+    Processor(Tokenizer.load(mistral_model), RULES, 4).save(tmp_path)
+    model_config(tmp_path, latents=4, image_size=126, patch_size=14, image_token_id=32001)
+    warnings = []
+    monkeypatch.setattr(logging, "warning", lambda *arguments: warnings.append(arguments[2:]))
+    Processor.load(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    edit(tmp_path / "config.json", text_config={**config["text_config"], "vocab_size": 32002})
+    Processor.load(tmp_path)
+    assert warnings == [(32002, 32003)]
+
+
 def test_another_chat_template_is_warned_of(folder, monkeypatch):
     warnings = []
     monkeypatch.setattr(logging, "warning", lambda *arguments: warnings.append(arguments))
