@@ -64,16 +64,18 @@ class Processor:
 
         Raises:
           RejectedImage: an image does not pass the gate.
+          UserError: something is not a part.
         """
         tokens: list[int] = [self.tokenizer.bos_id] if add_bos else []
         trained: list[bool] = [False] * len(tokens)
         grids: list[tuple[int, int]] = []
-        images = tuple(part.data for part in parts if isinstance(part, Image))
+        images: list[bytes] = []
         previous = None
         for run in _runs(parts):
             if isinstance(run, Image):
                 ids = self._image_ids(previous)
                 flags = [False] * len(ids)
+                images.append(run.data)
                 grids += images_lib.patch_grids(run.data, self.image_rules)
             elif isinstance(run, EndOfUtterance):
                 ids, flags = [self.tokenizer.end_of_utterance_id], [run.trained]
@@ -85,7 +87,7 @@ class Processor:
         if add_eos:
             tokens.append(self.tokenizer.eos_id)
             trained.append(bool(parts) and not isinstance(parts[-1], Image) and parts[-1].trained)
-        return Encoded(np.array(tokens, np.int32), np.array(trained, bool), images, tuple(grids))
+        return Encoded(np.array(tokens, np.int32), np.array(trained, bool), tuple(images), tuple(grids))
 
     def patches(self, encoded: Encoded) -> list[np.ndarray]:
         """Decodes a document's images: uint8 [rows * columns, C] for each of `encoded.grids`; raises RejectedImage."""
@@ -189,6 +191,8 @@ def _runs(parts: Sequence[Part]) -> Iterator[Image | EndOfUtterance | list[Text]
             if part.text:
                 texts.append(part)
             continue
+        if not isinstance(part, Image | EndOfUtterance):
+            raise UserError(f"a part is {part!r}; it must be Text, Image or EndOfUtterance (see chat.chat_parts)")
         if texts:
             yield texts
             texts = []

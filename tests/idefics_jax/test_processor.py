@@ -1,13 +1,16 @@
 """Documents to ids and batches, against Idefics2Processor with the same tokenizer."""
 
 import io
+import shutil
 
 import numpy as np
 import PIL.Image
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoProcessor
+from transformers import AutoProcessor, LlamaTokenizer
+from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
+from transformers.models.idefics2.processing_idefics2 import Idefics2Processor
 
 from idefics_jax.batch import BatchShape
 from idefics_jax.chat import chat_parts
@@ -40,6 +43,15 @@ def pair(request, mistral, tmp_path_factory) -> tuple[Processor, AutoProcessor]:
     folder = tmp_path_factory.mktemp("processor")
     ours.save(folder)
     return ours, AutoProcessor.from_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def bare(mistral_model, tmp_path_factory) -> Idefics2Processor:
+    """transformers' processor on a folder with nothing but tokenizer.model."""
+    folder = tmp_path_factory.mktemp("bare")
+    shutil.copy(mistral_model, folder / "tokenizer.model")
+    tokenizer = LlamaTokenizer.from_pretrained(folder, legacy=False, add_bos_token=True, add_eos_token=False)
+    return Idefics2Processor(Idefics2ImageProcessorPil(), tokenizer, image_seq_len=5)
 
 
 def flat(parts) -> str:
@@ -87,6 +99,14 @@ def test_ids_equal_the_reference(pair, name):
     expected = theirs(text=flat(parts))["input_ids"][0]
     assert ours.encode(parts, add_bos=True, add_eos=False).tokens.tolist() == expected
     assert ours.encode(parts, add_bos=False, add_eos=True).tokens.tolist() == [*expected[1:], 2]
+
+
+@pytest.mark.parametrize("name", sorted(DOCUMENTS.keys() - {"image then two spaces"}))
+def test_ids_equal_the_reference_on_nothing_but_the_model_file(mistral, bare, name):
+    """The exception is transformers' own reading of runs of spaces, which its tokenizer.json mends."""
+    ours = Processor(mistral, ImageRules(**SMALL, split=False), 5)
+    expected = bare(text=flat(DOCUMENTS[name]))["input_ids"][0]
+    assert ours.encode(DOCUMENTS[name], add_bos=True, add_eos=False).tokens.tolist() == expected
 
 
 WORDS = st.text(st.one_of(st.sampled_from("  \n<.\u2581aet1"), st.characters(exclude_categories=["Cs"])), max_size=8)
@@ -251,6 +271,8 @@ def test_arguments_out_of_range_are_refused(released):
             pad_side="left",
             shape=BatchShape(rows=1, tokens=9, vision_rows=1, patches=1, images=1, patch_dim=12),
         )
+    with pytest.raises(UserError, match="a part is 'H'; it must be Text"):
+        released(["Hi"], pad_side="left")
     with pytest.raises(UserError, match="num_latents is True"):
         Processor(released.tokenizer, released.image_rules, True)
 
