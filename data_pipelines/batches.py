@@ -2,12 +2,14 @@
 
 What waits to be packed is known by its index in the endless sequence of documents, so the whole position of the
 pipeline is a handful of integers: where reading stands, and the indices in the pool. Restoring reads the pool's
-documents again and goes on to the bit.
+documents again and goes on to the bit. A state has the same fields of the same types throughout, as Grain asks: what
+varies in length is text.
 """
 
 import collections
 import concurrent.futures
 import dataclasses
+import json
 from typing import Any
 
 import grain
@@ -163,10 +165,10 @@ class _PackIterator(grain.DatasetIterator):
         return {
             "identity": self._identity,
             "parent": self._parent.get_state(),
-            "pool": [index for index, _ in self._pool.items],
+            "pool": json.dumps([index for index, _ in self._pool.items]),
             "rows": self._rows,
             "seen": self._ledger.seen,
-            "rejected": dict(self._ledger.rejected),
+            "rejected": json.dumps(self._ledger.rejected),
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -176,10 +178,10 @@ class _PackIterator(grain.DatasetIterator):
                 f"run {self._identity}); go on with the same files, config.data and number of processes"
             )
         self._parent.set_state(state["parent"])
-        self._ledger = Ledger(self._ledger.limit, state["seen"], state["rejected"])
+        self._ledger = Ledger(self._ledger.limit, state["seen"], json.loads(state["rejected"]))
         self._rows = state["rows"]
         self._pool = Pool()
-        for index in state["pool"]:
+        for index in json.loads(state["pool"]):
             _, candidate = self._documents[index]
             if isinstance(candidate, Rejected):
                 raise UserError(f"{candidate.name} could be read when the position was saved: {candidate.message}")
@@ -253,11 +255,11 @@ class _DecodeIterator(grain.DatasetIterator):
         return PackedBatch(batch, tuple(names), packed.seen, dict(rejected))
 
     def get_state(self) -> dict[str, Any]:
-        return {"parent": self._parent.get_state(), "undecodable": dict(self._undecodable)}
+        return {"parent": self._parent.get_state(), "undecodable": json.dumps(self._undecodable)}
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._parent.set_state(state["parent"])
-        self._undecodable = collections.Counter(state["undecodable"])
+        self._undecodable = collections.Counter(json.loads(state["undecodable"]))
 
     def _decode_row(self, row: tuple) -> list[tuple[Candidate, tuple, list[np.ndarray] | Rejected]]:
         return [

@@ -23,7 +23,7 @@ import io
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ DIGIT = 2 * PATCH
 TURN, SHIFT, SCALE = 10.0, 1.5, 0.1
 # (rows, columns) of patches that hold a digit, are at most 8 long and at most 16 in all.
 CANVASES = [(rows, columns) for rows in range(2, 9) for columns in range(2, 9) if rows * columns <= 16]
-COUNTS = {"pairs": 2000, "interleaved": 2000, "conversations": 2000, "numbers": 4000, "warmup": 1000, "heldout": 360}
+COUNTS = {"pairs": 2000, "interleaved": 1200, "conversations": 2000, "numbers": 4000, "warmup": 1000, "heldout": 360}
 ROW_GROUP = 500
 RULES = ImageRules(
     patch_size=PATCH,
@@ -66,13 +66,13 @@ class Scans:
     """Scans of one part, and the generator that draws from them.
 
     Attributes:
-      pixels: float [n, 8, 8], ink from 0 to 16.
-      labels: int [n].
+      images: grey, 28 x 28, one a scan.
+      labels: int [n], the digit each shows.
       rng: draws scans, layouts and distortions.
       distort: whether scans are turned, shifted and scaled.
     """
 
-    pixels: np.ndarray
+    images: list[PIL.Image.Image]
     labels: np.ndarray
     rng: np.random.Generator
     distort: bool
@@ -80,8 +80,7 @@ class Scans:
     def draw(self) -> tuple[PIL.Image.Image, int]:
         """Returns a grey image of 28 x 28, and the digit it shows."""
         scan = int(self.rng.integers(len(self.labels)))
-        ink = PIL.Image.fromarray(np.clip(self.pixels[scan] * 16, 0, 255).astype(np.uint8))
-        image = ink.resize((DIGIT, DIGIT), PIL.Image.Resampling.BICUBIC)
+        image = self.images[scan]
         if self.distort:
             image = image.transform(
                 image.size, PIL.Image.Transform.AFFINE, self._affine(), PIL.Image.Resampling.BILINEAR
@@ -193,21 +192,17 @@ def dialogue(scans: Scans) -> dict[str, Any]:
     return conversation([image], turns[: int(scans.rng.integers(2, 4))], "digits_dialogue")
 
 
-def write(folder: Path, seed: int) -> dict[str, int]:
-    """Writes the data into a new folder; the same seed writes the same bytes.
-
-    Returns:
-      Documents in each file.
-    """
+def write(folder: Path, *, seed: int, counts: Mapping[str, int]) -> None:
+    """Writes the data into a new folder; the same seed and counts write the same bytes."""
     training, held_out = _split(seed)
     (folder / "interleaved_images").mkdir(parents=True)
     rows = {
-        "pairs": [pair(training, canvas, f"{i:06}") for i in range(COUNTS["pairs"])],
-        "interleaved": [page(training, folder / "interleaved_images", f"{i:06}") for i in range(COUNTS["interleaved"])],
-        "conversations": [(dialogue, single, several)[i % 3](training) for i in range(COUNTS["conversations"])],
-        "numbers": [number(training) for _ in range(COUNTS["numbers"])],
-        "warmup": [pair(training, lambda scans: strip(scans, 1), f"{i:06}") for i in range(COUNTS["warmup"])],
-        "heldout": [(single, number, several)[i % 3](held_out) for i in range(COUNTS["heldout"])],
+        "pairs": [pair(training, canvas, f"{i:06}") for i in range(counts["pairs"])],
+        "interleaved": [page(training, folder / "interleaved_images", f"{i:06}") for i in range(counts["interleaved"])],
+        "conversations": [(dialogue, single, several)[i % 3](training) for i in range(counts["conversations"])],
+        "numbers": [number(training) for _ in range(counts["numbers"])],
+        "warmup": [pair(training, lambda scans: strip(scans, 1), f"{i:06}") for i in range(counts["warmup"])],
+        "heldout": [(single, number, several)[i % 3](held_out) for i in range(counts["heldout"])],
     }
     schemas = {"pairs": pairs.SCHEMA, "warmup": pairs.SCHEMA, "interleaved": obelics.SCHEMA}
     for name, documents in rows.items():
@@ -216,18 +211,29 @@ def write(folder: Path, seed: int) -> dict[str, int]:
     texts = _texts(row for name, documents in rows.items() if name != "heldout" for row in documents)
     tokenizer = Tokenizer(train_tokenizer(texts, VOCABULARY))
     Processor(tokenizer, RULES, NUM_LATENTS).save(folder / "processor")
-    return {name: len(documents) for name, documents in rows.items()}
+    (folder / MANIFEST).write_text(json.dumps({"seed": seed, "documents": dict(counts)}, indent=2) + "\n")
 
 
 def _split(seed: int) -> tuple[Scans, Scans]:
     """Returns the training scans and the held-out ones."""
     digits = load_digits()
     order = np.random.default_rng(seed).permutation(len(digits.target))
-    parts = (order[HELD_OUT_SCANS:], True), (order[:HELD_OUT_SCANS], False)
+    training, held_out = order[HELD_OUT_SCANS:], order[:HELD_OUT_SCANS]
     return tuple(
-        Scans(digits.images[part], digits.target[part], np.random.default_rng((seed, len(part))), distort)
-        for part, distort in parts
+        Scans(
+            [_enlarge(scan) for scan in digits.images[part]],
+            digits.target[part],
+            np.random.default_rng((seed, len(part))),
+            distort=part is training,
+        )
+        for part in (training, held_out)
     )
+
+
+def _enlarge(scan: np.ndarray) -> PIL.Image.Image:
+    """Turns a scan of 8 x 8 with ink from 0 to 16 into a grey image of 28 x 28."""
+    ink = PIL.Image.fromarray(np.clip(scan * 16, 0, 255).astype(np.uint8))
+    return ink.resize((DIGIT, DIGIT), PIL.Image.Resampling.BICUBIC)
 
 
 def _texts(rows: Iterable[dict[str, Any]]) -> Iterable[str]:
@@ -243,11 +249,13 @@ def _texts(rows: Iterable[dict[str, Any]]) -> Iterable[str]:
                 yield f"\nAssistant: {turn['assistant']}"
 
 
-def build(out: Path, seed: int) -> dict[str, int]:
+def build(out: Path, *, seed: int, counts: Mapping[str, int]) -> None:
     """Writes the data aside and puts it in the place of OUT, which is never seen half-written.
 
-    Returns:
-      Documents in each file.
+    Args:
+      out: an empty folder, one that this function wrote, or one that does not exist.
+      seed: of the held-out scans, the layout and the distortions.
+      counts: documents in each file (COUNTS).
 
     Raises:
       UserError: OUT holds something else.
@@ -257,14 +265,12 @@ def build(out: Path, seed: int) -> dict[str, int]:
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        counts = write(aside / "new", seed)
-        (aside / "new" / MANIFEST).write_text(json.dumps({"seed": seed, "documents": counts}, indent=2) + "\n")
+        write(aside / "new", seed=seed, counts=counts)
         if out.exists():
             out.rename(aside / "old")
         (aside / "new").rename(out)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return counts
 
 
 def main() -> None:
@@ -275,10 +281,10 @@ def main() -> None:
     if arguments.seed < 0:
         parser.error(f"--seed is {arguments.seed}; it must be 0 or more")
     try:
-        counts = build(arguments.out, arguments.seed)
+        build(arguments.out, seed=arguments.seed, counts=COUNTS)
     except UserError as error:
         parser.error(str(error))
-    print(f"{arguments.out}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+    print(f"{arguments.out}: " + ", ".join(f"{count} {name}" for name, count in COUNTS.items()))
 
 
 if __name__ == "__main__":

@@ -82,13 +82,16 @@ def misfit(sizes: Sizes, shape: BatchShape) -> tuple[str, str] | None:
     """Returns (reason, sentence) if a document does not fit even an empty row, else None."""
     largest = max(sizes.images, default=0)
     if sizes.tokens > shape.tokens:
-        return "too-many-tokens", f"it has {sizes.tokens} tokens and a row {shape.tokens}; raise batch.tokens"
+        return "too-many-tokens", f"it has {sizes.tokens} tokens and a row {shape.tokens}; raise data.shape.tokens"
     if len(sizes.images) > shape.images:
-        return "too-many-images", f"it has {len(sizes.images)} images and a row {shape.images}; raise batch.images"
+        return "too-many-images", f"it has {len(sizes.images)} images and a row {shape.images}; raise data.shape.images"
     if largest > shape.patches:
-        return "image-too-large", f"an image has {largest} patches, a vision row {shape.patches}; raise batch.patches"
+        return (
+            "image-too-large",
+            f"an image has {largest} patches, a vision row {shape.patches}; raise data.shape.patches",
+        )
     if _fit_images(sizes.images, [shape.patches] * shape.vision_rows) is None:
-        return "too-many-patches", f"its {sum(sizes.images)} patches do not fit a row; raise batch.vision_rows"
+        return "too-many-patches", f"its {sum(sizes.images)} patches do not fit a row; raise data.shape.vision_rows"
     return None
 
 

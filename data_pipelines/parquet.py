@@ -9,6 +9,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import glob
+import itertools
 import os
 import threading
 from collections.abc import Sequence
@@ -50,7 +51,9 @@ class ParquetRows:
         self._folder = os.path.commonpath([os.path.dirname(os.path.abspath(footer.path)) for footer in footers])
         self._groups = [(footer.path, group) for footer in footers for group in range(len(footer.group_rows))]
         self.group_rows = np.array([rows for footer in footers for rows in footer.group_rows], np.int64)
-        self._first_rows = [sum(footer.group_rows[:i]) for footer in footers for i in range(len(footer.group_rows))]
+        self._first_rows = [
+            first for footer in footers for first in itertools.accumulate(footer.group_rows[:-1], initial=0)
+        ]
         self._cached_groups = cached_groups
         self._cache: collections.OrderedDict[int, pa.Table] = collections.OrderedDict()
         self._lock = threading.Lock()

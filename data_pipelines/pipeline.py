@@ -61,7 +61,7 @@ class DataConfig:
       rounds: attempts to improve each row (packing.pack_row).
       max_bad_fraction: share of documents that may be rejected before the run stops, in [0, 1).
       num_threads: threads that read, and as many that decode; 0 for none.
-      prefetch: batches made ahead.
+      prefetch: batches made ahead, in a thread of its own; at least 1.
       cache_mib: memory for documents kept encoded and decoded, in MiB; for data small enough to be read many times.
     """
 
@@ -81,7 +81,7 @@ class DataConfig:
             ("lookahead", 1),
             ("rounds", 0),
             ("num_threads", 0),
-            ("prefetch", 0),
+            ("prefetch", 1),
             ("cache_mib", 0),
         ):
             if getattr(self, name) < least:
@@ -204,7 +204,7 @@ def _identity(
     shard_count: int,
 ) -> str:
     """Returns a digest of everything the batches depend on; threads, read-ahead and cache are not among it."""
-    settings = dataclasses.replace(config, num_threads=0, prefetch=0, cache_mib=0)
+    settings = dataclasses.replace(config, num_threads=0, prefetch=1, cache_mib=0)
     rows = [[source.group_rows.tolist() for source in sources] for sources in opened]
     tokenizer = hashlib.sha256(processor.tokenizer.model).hexdigest()
     told = repr((settings, rows, tokenizer, processor.image_rules, processor.num_latents, shard_index, shard_count))

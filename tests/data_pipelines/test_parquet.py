@@ -1,0 +1,68 @@
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_pipelines import parquet
+from idefics_jax.errors import UserError
+
+
+@pytest.fixture
+def rows(tmp_path) -> parquet.ParquetRows:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    pq.write_table(pa.table({"n": range(25), "x": ["?"] * 25}), tmp_path / "a" / "same.parquet", row_group_size=10)
+    pq.write_table(pa.table({"n": range(25, 30), "x": ["?"] * 5}), tmp_path / "b" / "same.parquet")
+    footers = parquet.read_footers(parquet.expand([str(tmp_path / "*" / "*.parquet")], where="here"))
+    return parquet.ParquetRows(footers, ["n"], cached_groups=2)
+
+
+def test_any_row_is_reached_at_random(rows):
+    assert rows.group_rows.tolist() == [10, 10, 5, 5]
+    starts = [0, 10, 20, 25]
+    for group in (3, 0, 2, 1, 3):
+        for row in (4, 0, 2):
+            assert rows.row(group, row) == {"n": starts[group] + row}
+
+
+def test_no_more_row_groups_are_kept_than_asked_for(rows):
+    for group in range(4):
+        rows.row(group, 0)
+    assert len(rows._cache) == 2
+
+
+def test_names_tell_files_and_rows_apart(rows):
+    names = [rows.name(group, row) for group, count in enumerate(rows.group_rows) for row in range(count)]
+    assert names[12] == "a/same.parquet:12"
+    assert names[26] == "b/same.parquet:1"
+    assert len(set(names)) == 30
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted", "fits"),
+    [
+        (pa.large_list(pa.large_string()), pa.list_(pa.string()), True),
+        (pa.list_(pa.null()), pa.list_(pa.string()), True),
+        (pa.list_(pa.binary()), pa.list_(pa.string()), False),
+        (pa.string(), pa.list_(pa.string()), False),
+        (pa.large_binary(), pa.binary(), True),
+        (pa.int64(), pa.string(), False),
+        (pa.struct([("a", pa.string()), ("b", pa.int32())]), pa.struct([("a", pa.string())]), True),
+        (pa.struct([("b", pa.int32())]), pa.struct([("a", pa.string())]), False),
+    ],
+)
+def test_types_that_hold_the_same_values_are_accepted(found, wanted, fits):
+    assert parquet.reads_as(found, wanted) is fits
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    whole = tmp_path / "whole.parquet"
+    pq.write_table(pa.table({"n": range(1000)}), whole)
+    (tmp_path / "cut.parquet").write_bytes(whole.read_bytes()[:-20])
+    (tmp_path / "empty.parquet").write_bytes(b"")
+    for name in ("cut", "empty"):
+        with pytest.raises(UserError, match=f"{name}.parquet is not a readable parquet file"):
+            parquet.read_footers([str(tmp_path / f"{name}.parquet")])
+    with pytest.raises(UserError, match=r"here names .*gone.*, which matches no file"):
+        parquet.expand([str(tmp_path / "gone*.parquet")], where="here")
+    with pytest.raises(UserError, match=r"names .*whole.parquet' 2 times"):
+        parquet.expand([str(whole), str(tmp_path / "who*.parquet")], where="here")

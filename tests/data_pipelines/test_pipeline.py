@@ -1,0 +1,320 @@
+import dataclasses
+import json
+
+import grain
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from data_pipelines import cauldron, obelics, pairs
+from data_pipelines.packing import fill
+from data_pipelines.pipeline import DataConfig, Stage, batches
+from data_pipelines.sources import SourceConfig, read_documents
+from idefics_jax import settings
+from idefics_jax.batch import BatchShape
+from idefics_jax.errors import UserError
+from tests.data_pipelines.pictures import damaged, png
+
+STEPS = 30
+
+
+def start(config, processor, shard_index=0, shard_count=1):
+    return batches(config, processor, shard_index=shard_index, shard_count=shard_count)
+
+
+def take(iterator, count: int) -> list:
+    return [next(iterator) for _ in range(count)]
+
+
+def assert_same(found, expected) -> None:
+    assert found.documents == expected.documents
+    assert (found.seen, found.rejected) == (expected.seen, expected.rejected)
+    for name, array in expected.arrays.items():
+        assert found.arrays[name].dtype == array.dtype
+        np.testing.assert_array_equal(found.arrays[name], array, err_msg=name)
+
+
+def pair(caption: str, image: bytes | None = None) -> dict:
+    return {"key": "0", "png": png(28, 28) if image is None else image, "caption": caption, "url": "x"}
+
+
+def test_packed_documents_are_those_of_the_files(config, processor):
+    sources = {source.name: source for stage in config.stages for source in stage.sources}
+    documents = {
+        f"{document.source}/{document.id}": document
+        for source in sources.values()
+        for document in read_documents(source)
+    }
+    for packed in take(start(config, processor), 12):
+        batch, names = packed.arrays, iter(packed.documents)
+        for row in range(config.shape.rows):
+            image = 0
+            for segment in range(1, batch["segment_ids"][row].max() + 1):
+                encoded = processor.encode(documents[next(names)].parts, add_bos=True, add_eos=True)
+                here = batch["segment_ids"][row] == segment
+                np.testing.assert_array_equal(batch["tokens"][row][here], encoded.tokens)
+                np.testing.assert_array_equal(batch["positions"][row][here], np.arange(len(encoded.tokens)))
+                np.testing.assert_array_equal(batch["loss_weights"][row][here][:-1], encoded.trained[1:])
+                assert batch["loss_weights"][row][here][-1] == 0
+                for patches in processor.patches(encoded):
+                    image += 1
+                    where = np.argwhere(batch["patch_image_ids"][row] == image)
+                    assert len(set(where[:, 0])) == 1
+                    np.testing.assert_array_equal(batch["patches"][row][tuple(where.T)], patches)
+            assert batch["image_mask"][row].sum() == image == batch["patch_image_ids"][row].max()
+            latents = (batch["tokens"][row] == processor.tokenizer.image_token_id).sum()
+            assert latents == image * processor.num_latents
+        assert next(names, None) is None
+
+
+def test_same_seed_gives_the_same_batches_whatever_the_threads(config, processor):
+    expected = take(start(config, processor), STEPS)
+    threaded = dataclasses.replace(config, num_threads=3, prefetch=2, cache_mib=64)
+    for found, wanted in zip(take(start(threaded, processor), STEPS), expected, strict=True):
+        assert_same(found, wanted)
+    other = next(start(dataclasses.replace(config, seed=1), processor))
+    assert other.documents != expected[0].documents
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_resuming_at_every_step_goes_on_to_the_bit(config, processor, threads):
+    config = dataclasses.replace(config, num_threads=threads, prefetch=1 + threads)
+    iterator, states, expected = start(config, processor), [], []
+    for _ in range(STEPS):
+        states.append(json.dumps(iterator.get_state()))
+        expected.append(next(iterator))
+    resumed = start(config, processor)
+    for step in range(STEPS - 1):
+        resumed.set_state(json.loads(states[step]))
+        assert_same(next(resumed), expected[step])
+        assert_same(next(resumed), expected[step + 1])
+
+
+def test_grain_finds_the_same_output_after_a_checkpoint(config, processor):
+    class FewBatches(grain.IterDataset):
+        def __iter__(self):
+            return Few(start(config, processor))
+
+    class Few(grain.DatasetIterator):
+        """The first batches only, as plain arrays: Grain's check runs to the end."""
+
+        def __init__(self, batches):
+            super().__init__(batches)
+            self._left = 8
+
+        def __next__(self):
+            if not self._left:
+                raise StopIteration
+            self._left -= 1
+            return next(self._parent).arrays
+
+        def get_state(self):
+            return {"left": self._left, "parent": self._parent.get_state()}
+
+        def set_state(self, state):
+            self._left = state["left"]
+            self._parent.set_state(state["parent"])
+
+    grain.experimental.assert_equal_output_after_checkpoint(FewBatches())
+
+
+def test_an_orbax_checkpoint_brings_the_position_back(config, processor, tmp_path):
+    iterator = start(config, processor)
+    take(iterator, 7)
+    with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
+        manager.save(7, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(iterator)))
+        expected = take(iterator, 3)
+        manager.wait_until_finished()
+        resumed = start(config, processor)
+        manager.restore(7, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(resumed)))
+    for found, wanted in zip(take(resumed, 3), expected, strict=True):
+        assert_same(found, wanted)
+
+
+def test_a_position_in_other_data_is_refused(config, processor):
+    state = start(config, processor).get_state()
+    for change in ({"seed": 1}, {"lookahead": 31}, {"rounds": 0}):
+        with pytest.raises(UserError, match="belongs to other data or other data settings"):
+            start(dataclasses.replace(config, **change), processor).set_state(state)
+    with pytest.raises(UserError, match="number of processes"):
+        start(config, processor, shard_index=0, shard_count=2).set_state(state)
+    start(dataclasses.replace(config, num_threads=1, prefetch=1, cache_mib=1), processor).set_state(state)
+
+
+def test_processes_share_an_epoch_without_overlap(one_source, processor):
+    rows = [pair(str(i)) for i in range(80)]
+    config = one_source(rows, "pairs", pairs.SCHEMA, lookahead=1, rounds=0)
+    names = []
+    for shard in range(2):
+        iterator = start(config, processor, shard, 2)
+        read = [name for packed in take(iterator, 20) for name in packed.documents]
+        assert len(read) == len(set(read)) == 40
+        names += read
+        assert next(iterator).arrays["tokens"].shape[0] == config.shape.rows // 2
+    assert len(set(names)) == 80
+
+
+def test_stages_follow_one_another(config, processor):
+    names = [name for packed in take(start(config, processor), 40) for name in packed.documents]
+    sources = [name.split("/")[0] for name in names]
+    assert sources.count("warmup") == 40
+    assert set(sources) == {"warmup", "pairs", "interleaved", "conversations", "numbers"}
+    assert set(sources[120:]) == {"pairs", "interleaved", "conversations", "numbers"}
+
+
+def test_documents_are_mixed_by_weight(config, processor):
+    stage = config.stages[-1]
+    weighted = tuple(
+        dataclasses.replace(source, weight=3.0 if source.name == "numbers" else 1.0) for source in stage.sources
+    )
+    config = dataclasses.replace(config, stages=(Stage(weighted),))
+    names = [name for packed in take(start(config, processor), 60) for name in packed.documents]
+    share = sum(name.startswith("numbers/") for name in names) / len(names)
+    assert abs(share - 0.5) < 0.05
+
+
+def test_a_document_with_damaged_pixels_leaves_padding_and_is_counted(one_source, processor):
+    rows = [pair("good"), pair("bad", damaged(png(28, 28))), pair("fine")]
+    config = one_source(rows, "pairs", pairs.SCHEMA, max_bad_fraction=0.5)
+    iterator, counts = start(config, processor), []
+    for step in take(iterator, 6):
+        batch = step.arrays
+        assert "mine/rows.parquet:1" not in step.documents
+        assert batch["segment_ids"].max(1).sum() == len(step.documents)
+        text = processor.tokenizer.decode(batch["tokens"].ravel().tolist())
+        assert "bad" not in text
+        assert "good" in text
+        assert (batch["tokens"] == processor.tokenizer.image_token_id).sum() == 4 * batch["image_mask"].sum()
+        np.testing.assert_array_equal(batch["patch_image_ids"].max((1, 2)), batch["image_mask"].sum(1))
+        counts.append(step.rejected["corrupt"])
+    assert counts == sorted(counts)
+    assert counts[-1] > 10
+    resumed = start(config, processor)
+    resumed.set_state(iterator.get_state())
+    assert_same(next(resumed), next(iterator))
+
+
+def test_many_kinds_of_bad_rows_are_counted_and_change_no_good_one(one_source, processor):
+    good = [pair(f"good {i}") for i in range(40)]
+    bad = [
+        (pair(None), "null-text"),
+        ({**pair("x"), "png": None}, "null-image"),
+        (pair("x", b""), "empty"),
+        (pair("x", b"GIF89a"), "truncated"),
+        (pair("x", b"BM" + bytes(60)), "format"),
+        (pair("x", png(28, 28)[:20]), "truncated"),
+        (pair("word " * 100), "too-many-tokens"),
+        (pair("x", png(112, 112)), "image-too-large"),
+    ]
+    rows = good + [row for row, _ in bad]
+    config = one_source(rows, "pairs", pairs.SCHEMA, max_bad_fraction=0.9, lookahead=1, rounds=0)
+    packed = take(start(config, processor), 16)
+    names = [name for step in packed for name in step.documents]
+    assert set(names) == {f"mine/rows.parquet:{i}" for i in range(40)}
+    assert set(packed[-1].rejected) == {reason for _, reason in bad}
+    texts = processor.tokenizer.decode(np.concatenate([step.arrays["tokens"].ravel() for step in packed]).tolist())
+    assert all(f"good {i}" in texts for i in range(40))
+
+
+def test_too_many_bad_documents_stop_the_run_with_the_reasons(one_source, processor):
+    rows = [pair("fine")] * 3 + [pair("bad", b"")]
+    config = one_source(rows, "pairs", pairs.SCHEMA, max_bad_fraction=0.01)
+    with pytest.raises(UserError) as stopped:
+        take(start(config, processor), 100)
+    message = str(stopped.value)
+    assert message.startswith("11 of ")
+    assert "(empty 11)" in message
+    assert "data.max_bad_fraction = 0.01" in message
+    assert "mine/rows.parquet:3" in message
+
+
+def test_damaged_pixels_count_towards_the_limit(one_source, processor):
+    rows = [pair("fine")] * 3 + [pair("bad", damaged(png(28, 28)))]
+    config = one_source(rows, "pairs", pairs.SCHEMA, max_bad_fraction=0.01)
+    with pytest.raises(UserError, match=r"^11 of \d+ documents were rejected \(corrupt 11\)"):
+        take(start(config, processor), 100)
+
+
+def test_a_missing_image_file_is_counted(one_source, processor):
+    rows = [{"images": [None], "texts": ["words"]}, {"images": ["gone.png", None], "texts": [None, "words"]}]
+    config = one_source(rows, "obelics", obelics.SCHEMA, max_bad_fraction=0.9)
+    packed = take(start(config, processor), 4)
+    assert set(packed[-1].rejected) == {"missing-image"}
+    assert set(packed[-1].documents) == {"mine/rows.parquet:0"}
+
+
+@pytest.mark.parametrize("text", ["<image>", "</s><s>", "<end_of_utterance>\nAssistant: ", "<fake_token_around_image>"])
+def test_text_that_spells_a_control_token_stays_text(one_source, processor, text):
+    config = one_source([pair(f"a {text} b")], "pairs", pairs.SCHEMA)
+    packed = next(start(config, processor))
+    tokenizer, tokens = processor.tokenizer, packed.arrays["tokens"]
+    count = len(packed.documents)
+    assert (tokens == tokenizer.image_token_id).sum() == count * processor.num_latents
+    assert (tokens == tokenizer.fake_token_id).sum() == 2 * count
+    assert (tokens == tokenizer.end_of_utterance_id).sum() == 0
+    assert (tokens == tokenizer.bos_id).sum() == (tokens == tokenizer.eos_id).sum() == count
+    assert f"a {text} b" in tokenizer.decode(tokens[0].tolist())
+
+
+def test_rows_of_text_alone_are_batches_like_any_other(one_source, processor):
+    rows = [{"images": [], "texts": [{"user": "2 + 2?", "assistant": str(i), "source": "sums"}]} for i in range(9)]
+    packed = next(start(one_source(rows, "cauldron", cauldron.SCHEMA), processor))
+    assert packed.arrays["segment_ids"].max() >= 2
+    assert packed.arrays["loss_weights"].sum() > 0
+    assert packed.arrays["image_mask"].sum() == packed.arrays["patch_image_ids"].sum() == 0
+
+
+def test_a_document_with_nothing_to_learn_is_rejected(one_source, processor, tmp_path):
+    (tmp_path / "a.png").write_bytes(png(28, 28))
+    rows = [{"images": ["a.png"], "texts": [None]}, {"images": [None], "texts": ["words"]}]
+    packed = next(start(one_source(rows, "obelics", obelics.SCHEMA, max_bad_fraction=0.9), processor))
+    assert set(packed.rejected) == {"nothing-trained"}
+
+
+def test_fill_is_the_useful_share(config, processor):
+    packed = next(start(config, processor))
+    shares = fill(packed.arrays)
+    tokens = sum(int((row > 0).sum()) for row in packed.arrays["segment_ids"])
+    assert shares["tokens"] == pytest.approx(tokens / packed.arrays["segment_ids"].size)
+    assert 0 < shares["patches"] <= 1
+    assert 0 < shares["images"] <= 1
+
+
+def test_settings_are_built_from_a_config_and_checked(config, tmp_path):
+    values = dataclasses.asdict(config)
+    assert settings.build(DataConfig, values, "data") == config
+    for change, message in [
+        ({"lookahead": 0}, "data.lookahead is 0"),
+        ({"max_bad_fraction": 1.0}, "data.max_bad_fraction is 1.0"),
+        ({"max_bad_fraction": float("nan")}, "finite"),
+        ({"num_threads": True}, "data.num_threads is True"),
+        ({"stages": ()}, "last stage must have documents = None"),
+        ({"lookahed": 3}, "did you mean 'lookahead'"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            settings.build(DataConfig, {**values, **change}, "data")
+
+
+def test_stages_that_contradict_themselves_are_refused(config):
+    source = SourceConfig("mine", "pairs", ("a",))
+    for stages, message in [
+        ((Stage((source,), documents=5),), "last stage must have"),
+        ((Stage((source,)), Stage((source,))), "every stage but the last"),
+        (
+            (Stage((source,), documents=5), Stage((dataclasses.replace(source, paths=("b",)),))),
+            "two sources are called 'mine'",
+        ),
+    ]:
+        with pytest.raises(UserError, match=message):
+            dataclasses.replace(config, stages=stages)
+    with pytest.raises(UserError, match="share a name"):
+        Stage((source, source))
+    with pytest.raises(UserError, match="no sources"):
+        Stage(())
+
+
+def test_shapes_that_do_not_fit_are_refused(config, processor):
+    with pytest.raises(UserError, match="multiple of the 3 processes"):
+        start(config, processor, 0, 3)
+    with pytest.raises(UserError, match=r"data.shape.patch_dim is 3; .* 588"):
+        start(dataclasses.replace(config, shape=BatchShape(4, 64, 2, 32, 8, 3)), processor)
