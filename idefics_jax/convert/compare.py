@@ -16,6 +16,7 @@ import scipy.special
 from etils import epath
 
 from idefics_jax.config import Idefics2Config
+from idefics_jax.convert.hf_folder import HfFolder
 from idefics_jax.errors import UserError
 from idefics_jax.image_gate import RejectedImage, open_image
 from idefics_jax.interop import hf_batch, to_hf_positions
@@ -98,6 +99,7 @@ def compare(
         models of different sizes.
     """
     torch, transformers = _reference()
+    HfFolder(hf)  # refuses pickles and damaged files before transformers sees them
     config = Idefics2Config.load(hf)
     if Idefics2Config.load(find_model(ours)) != config:
         raise UserError(f"{hf} and {ours} hold models of different configs; give two that should be the same")
@@ -107,7 +109,7 @@ def compare(
         inputs = {name: torch.from_numpy(array) for name, array in random_inputs(config, seed).items()}
     with torch.inference_mode():
         model = transformers.AutoModelForImageTextToText.from_pretrained(
-            hf, dtype=getattr(torch, dtype), local_files_only=True
+            hf, dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True
         )
         reference = model.eval()(**inputs).logits.float().numpy()
     del model

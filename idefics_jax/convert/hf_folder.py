@@ -29,7 +29,7 @@ INDEX = "model.safetensors.index.json"
 GENERATION = "generation_config.json"
 SHARD_BYTES = 5_000_000_000
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npz", ".h5", ".msgpack")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 class LazyTensor:
