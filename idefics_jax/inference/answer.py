@@ -1,0 +1,81 @@
+"""From prompts to answers: prompts of any length and number in, texts out, through one compiled program."""
+
+from collections.abc import Iterator, Sequence
+
+import jax
+
+from idefics_jax.batch import BatchShape
+from idefics_jax.documents import Part
+from idefics_jax.inference.generate import Decoding, generate
+from idefics_jax.models.idefics2 import Idefics2
+from idefics_jax.processor import Encoded, Processor
+
+# Sizes are rounded up to these, so that most prompts share a program.
+TOKEN_BUCKET, PATCH_BUCKET = 64, 64
+
+
+def default_decoding(processor: Processor, *, max_new_tokens: int) -> Decoding:
+    """Greedy, ending with a turn or a document, never choosing the tokens that stand for an image."""
+    tokenizer = processor.tokenizer
+    return Decoding(
+        max_new_tokens=max_new_tokens,
+        stop_ids=(tokenizer.eos_id, tokenizer.end_of_utterance_id),
+        banned_ids=(tokenizer.fake_token_id, tokenizer.image_token_id),
+        temperature=0.0,
+        top_p=1.0,
+    )
+
+
+def bucket(encoded: Sequence[Encoded], *, rows: int, patch_dim: int) -> BatchShape:
+    """Returns the sizes that hold any `rows` of these prompts, a vision row for each image, rounded up to buckets."""
+
+    def up(size: int, step: int) -> int:
+        return -(-max(size, 1) // step) * step
+
+    images = max((len(prompt.grids) for prompt in encoded), default=0)
+    patches = max((height * width for prompt in encoded for height, width in prompt.grids), default=0)
+    return BatchShape(
+        rows=rows,
+        tokens=up(max((len(prompt.tokens) for prompt in encoded), default=0), TOKEN_BUCKET),
+        vision_rows=max(images, 1),
+        patches=up(patches, PATCH_BUCKET),
+        images=max(images, 1),
+        patch_dim=patch_dim,
+    )
+
+
+def answers(
+    model: Idefics2,
+    params: dict,
+    processor: Processor,
+    prompts: Sequence[Sequence[Part]],
+    decoding: Decoding,
+    *,
+    rows: int,
+    seed: int,
+) -> Iterator[str]:
+    """Yields the model's continuation of each prompt, in order.
+
+    Args:
+      model: the module.
+      params: its parameters.
+      processor: tokenizer and image rules.
+      prompts: the parts of each prompt.
+      decoding: how to choose tokens, when to end.
+      rows: prompts answered at once.
+      seed: of the sampling.
+
+    Raises:
+      RejectedImage: an image cannot be used.
+    """
+    encoded = [processor.encode(parts, add_bos=True, add_eos=False) for parts in prompts]
+    shape = bucket(encoded, rows=rows, patch_dim=model.config.vision_config.patch_dim)
+    rng = jax.random.key(seed)
+    for start in range(0, len(prompts), rows):
+        batch, _ = processor(prompts[start : start + rows], pad_side="left", shape=shape)
+        if not any(prompt.grids for prompt in encoded):
+            batch = {name: array for name, array in batch.items() if "patch" not in name}
+        tokens, lengths = generate(model, {"params": params}, batch, decoding, jax.random.fold_in(rng, start))
+        tokens, lengths = jax.device_get((tokens, lengths))
+        for row in range(min(rows, len(prompts) - start)):
+            yield processor.decode(tokens[row, : lengths[row]].tolist()).strip()
