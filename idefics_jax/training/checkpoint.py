@@ -1,0 +1,141 @@
+"""Checkpoints of a run: the state, the data's position and a fingerprint, written by Orbax in the background.
+
+    workdir/checkpoints/<step>/{state, data, meta}     newest `keep` steps
+    workdir/frozen/                                    frozen parameters, once
+
+A restore takes the newest step whose fingerprint is right, onto whatever mesh is current; a damaged step is set
+aside as `<step>.damaged`, never deleted.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+
+from idefics_jax.errors import UserError
+from idefics_jax.training.fingerprint import fingerprint
+
+
+class Checkpoints:
+    """The checkpoints under `workdir`."""
+
+    def __init__(self, workdir: epath.Path, *, keep: int):
+        self.path = workdir / "checkpoints"
+        self._keep = keep
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        with self._saying_what_failed():
+            options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, cleanup_tmp_directories=True)
+            return ocp.CheckpointManager(self.path, options=options)
+
+    @contextlib.contextmanager
+    def _saying_what_failed(self) -> Iterator[None]:
+        """Turns a failure to write into a sentence. Orbax reports a full disk at the next save or wait."""
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            if not any(word in str(error) for word in ("RESOURCE_EXHAUSTED", "No space", "too large", "Permission")):
+                raise
+            last = self.latest_step()
+            raise UserError(
+                f"{self.path} cannot be written ({str(error).splitlines()[0][:200]}); free some space and run the same "
+                f"command again: it goes on from {'the start' if last is None else f'step {last}'}"
+            ) from error
+
+    def latest_step(self) -> int | None:
+        """Returns the newest committed step, or None."""
+        steps = [int(path.name) for path in self.path.iterdir() if path.name.isdigit()] if self.path.exists() else []
+        return max(steps, default=None)
+
+    def save(self, step: int, state: Any, data: grain.DatasetIterator) -> None:
+        """Starts saving a step; returns once the arrays are copied. A step that is already there is left alone."""
+        if step == self.latest_step():
+            return
+        with self._saying_what_failed():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    data=grain.checkpoint.CheckpointSave(data),
+                    meta=ocp.args.JsonSave({"fingerprint": fingerprint(state)}),
+                ),
+            )
+
+    def restore(self, abstract_state: Any, data: grain.DatasetIterator) -> Any | None:
+        """Restores the newest intact step and sets the data's position.
+
+        Args:
+          abstract_state: ShapeDtypeStructs with the shardings wanted.
+          data: iterator, set in place.
+
+        Returns:
+          The state, or None where there is no checkpoint.
+
+        Raises:
+          UserError: there are checkpoints, and none is intact.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                state = self._read(step, abstract_state, data)
+            except Exception as error:  # damage shows as nearly any exception of Orbax or tensorstore
+                logging.warning("checkpoint %d is damaged: %s", step, str(error).splitlines()[0])
+                self._set_aside(step)
+            else:
+                return state
+        if steps:
+            raise UserError(f"none of the checkpoints {steps} in {self.path} is intact; start again in another workdir")
+        return None
+
+    def _read(self, step: int, abstract_state: Any, data: grain.DatasetIterator) -> Any:
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), meta=ocp.args.JsonRestore()),
+        )
+        wanted, found = restored.meta["fingerprint"], fingerprint(restored.state)
+        changed = sorted(path for path in {*wanted, *found} if wanted.get(path) != found.get(path))
+        if changed:
+            raise ValueError(f"{changed[0]} and {len(changed) - 1} more leaves are not what was saved")
+        self._manager.restore(step, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(data)))
+        return restored.state
+
+    def _set_aside(self, step: int) -> None:
+        self._manager.close()
+        (self.path / str(step)).rename(self.path / f"{step}.damaged")
+        self._manager = self._open()
+
+    def wait(self) -> None:
+        """Returns once every save has been committed, or raises what stopped it."""
+        with self._saying_what_failed():
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self.wait()
+        self._manager.close()
+
+
+def save_frozen(workdir: epath.Path, frozen: Any) -> None:
+    """Saves the frozen parameters, unless they are there already."""
+    path = workdir / "frozen"
+    if frozen and not path.exists():
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(path, frozen)
+
+
+def load_frozen(workdir: epath.Path, abstract_frozen: Any) -> Any:
+    """Restores what `save_frozen` wrote, onto the shardings of `abstract_frozen`."""
+    if not abstract_frozen:
+        return {}
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(workdir / "frozen", abstract_frozen)
+
+
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    """Returns the shapes as ShapeDtypeStructs that say where each leaf is to lie."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)

@@ -1,0 +1,131 @@
+"""Checkpoints: what comes back is what was saved, damage is seen and survived, a full disk is a sentence."""
+
+import subprocess
+import sys
+import textwrap
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
+
+from idefics_jax import sharding
+from idefics_jax.errors import UserError
+from idefics_jax.training.checkpoint import Checkpoints, load_frozen, save_frozen
+from idefics_jax.training.fingerprint import fingerprint
+
+
+def state(seed: float) -> dict:
+    return {"trainable": {"a": jnp.arange(6000.0) * seed, "b": jnp.ones((3, 2), jnp.bfloat16)}, "step": jnp.int32(seed)}
+
+
+def data():
+    return iter(grain.MapDataset.range(100).to_iter_dataset())
+
+
+def abstract():
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state(1))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Three steps, each with the data advanced by as many elements."""
+    checkpoints, iterator = Checkpoints(epath.Path(tmp_path), keep=3), data()
+    for step in (1, 2, 3):
+        next(iterator)
+        checkpoints.save(step, state(step), iterator)
+    checkpoints.close()
+    return epath.Path(tmp_path)
+
+
+def damage(workdir, step):
+    """Flips one bit in the middle of the step's largest file."""
+    files = [p for p in (workdir / "checkpoints" / str(step) / "state").glob("*/*/*")] + [
+        p for p in (workdir / "checkpoints" / str(step) / "state").glob("*/*")
+    ]
+    path = max((p for p in files if p.is_file()), key=lambda p: p.stat().length)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(bytes(content))
+
+
+def restore(workdir):
+    checkpoints, iterator = Checkpoints(workdir, keep=3), data()
+    try:
+        return checkpoints.restore(abstract(), iterator), next(iterator)
+    finally:
+        checkpoints.close()
+
+
+def test_the_newest_step_comes_back_with_the_datas_position(saved):
+    restored, element = restore(saved)
+    jax.tree.map(np.testing.assert_array_equal, restored, state(3))
+    assert element == 3
+
+
+def test_no_checkpoint_is_no_state(tmp_path):
+    assert restore(epath.Path(tmp_path))[0] is None
+
+
+def test_a_flipped_bit_is_seen_and_the_step_before_is_used(saved):
+    damage(saved, 3)
+    restored, element = restore(saved)
+    jax.tree.map(np.testing.assert_array_equal, restored, state(2))
+    assert element == 2
+    assert sorted(p.name for p in (saved / "checkpoints").iterdir() if "damaged" in p.name) == ["3.damaged"]
+
+
+def test_nothing_intact_is_an_error_that_says_so(saved):
+    for step in (1, 2, 3):
+        damage(saved, step)
+    with pytest.raises(UserError, match=r"none of the checkpoints \[3, 2, 1\] .* is intact"):
+        restore(saved)
+
+
+def test_frozen_parameters_are_saved_once_and_come_back(tmp_path):
+    workdir, frozen = epath.Path(tmp_path), {"a": {"kernel": jnp.arange(4.0)}}
+    save_frozen(workdir, frozen)
+    save_frozen(workdir, {"a": {"kernel": jnp.zeros(4)}})
+    back = load_frozen(workdir, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), frozen))
+    np.testing.assert_array_equal(back["a"]["kernel"], frozen["a"]["kernel"])
+    assert load_frozen(workdir, {}) == {}
+
+
+def test_fingerprint_sees_changes_and_swaps_but_not_the_mesh():
+    x = jax.random.normal(jax.random.key(0), (8, 16))
+    plain = fingerprint({"x": x})
+    assert fingerprint({"x": x.at[3, 5].add(1e-6)}) != plain
+    assert fingerprint({"x": x[::-1]}) != plain
+    mesh = sharding.make_mesh({"fsdp": -1})
+    spread = jax.device_put(x, NamedSharding(mesh, PartitionSpec("fsdp")))
+    assert fingerprint({"x": spread}) == plain
+
+
+def test_a_full_disk_is_a_sentence_and_leaves_the_older_step(tmp_path):
+    program = """
+        import resource, sys
+        import grain, jax.numpy as jnp
+        from etils import epath
+        from idefics_jax.errors import UserError
+        from idefics_jax.training.checkpoint import Checkpoints
+        checkpoints = Checkpoints(epath.Path(sys.argv[1]), keep=2)
+        data = iter(grain.MapDataset.range(100).to_iter_dataset())
+        state = {"a": jnp.arange(50_000.0) ** 1.5}
+        checkpoints.save(1, state, data)
+        checkpoints.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        try:
+            checkpoints.save(2, state, data)
+            checkpoints.wait()
+        except UserError as error:
+            print(error)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert "cannot be written" in done.stdout, done.stdout + done.stderr
+    assert "it goes on from step 1" in done.stdout
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()] == ["1"]
