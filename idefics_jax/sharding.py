@@ -124,8 +124,11 @@ def logical_axes(boxed: Any) -> Any:
 
 
 def unbox(boxed: Any) -> Any:
-    """Returns the plain tree of arrays (or shapes) of a boxed tree."""
-    return nn.unbox(boxed)
+    """Returns the plain tree of arrays (or shapes) of a boxed tree.
+
+    Unlike flax's, it adds no sharding constraint, so it works on shapes while a mesh is current.
+    """
+    return jax.tree.map(lambda box: box.value, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
 
 
 def tree_shardings(mesh: Mesh, axes: Any, rules: Mapping[str, Any]) -> Any:
@@ -134,8 +137,8 @@ def tree_shardings(mesh: Mesh, axes: Any, rules: Mapping[str, Any]) -> Any:
 
 
 def is_names(x: Any) -> bool:
-    """Whether x is one array's tuple of logical names."""
-    return isinstance(x, tuple) and all(name is None or isinstance(name, str) for name in x)
+    """Whether x is one array's tuple of logical names; a NamedTuple of an optimizer's state is not."""
+    return type(x) is tuple and all(name is None or isinstance(name, str) for name in x)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
