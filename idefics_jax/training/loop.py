@@ -1,0 +1,154 @@
+"""The training loop: batches in, steps, progress, checkpoints, and an orderly end whatever ends it."""
+
+import contextlib
+import json
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import jax
+from etils import epath
+
+from data_pipelines import pipeline
+from idefics_jax import sharding
+from idefics_jax.convert.orbax import save_model
+from idefics_jax.errors import UserError
+from idefics_jax.param_transforms.partition import combine, table
+from idefics_jax.settings import differences
+from idefics_jax.training.checkpoint import Checkpoints, load_frozen, save_frozen
+from idefics_jax.training.config import FREE_ON_RESUME, TrainConfig
+from idefics_jax.training.curves import draw_curves
+from idefics_jax.training.optimizer import make_schedule
+from idefics_jax.training.progress import Halted, Progress
+from idefics_jax.training.run import Run, assemble, final_params
+from idefics_jax.training.writers import RunWriter
+
+
+def train(config: TrainConfig, values: dict[str, Any], workdir: epath.Path) -> None:
+    """Trains, or goes on with, the run in `workdir`, and leaves the trained model in `workdir/model`.
+
+    Args:
+      config: the settings.
+      values: the same as the plain nested dict that is kept beside the run.
+      workdir: absolute path.
+
+    Raises:
+      UserError: the config cannot be used, `workdir` holds another run, a number is not finite, the data is bad
+        beyond its limit, or the disk is full.
+    """
+    check_same_run(values, workdir)
+    mesh = sharding.make_mesh(config.mesh)
+    with sharding.use_mesh(mesh, sharding.RULES[config.sharding]):
+        run = assemble(config, mesh)
+        data = pipeline.batches(
+            config.data, run.processor, shard_index=jax.process_index(), shard_count=jax.process_count()
+        )
+        with contextlib.closing(Checkpoints(workdir, keep=config.keep_checkpoints)) as checkpoints:
+            run, state = start(run, data, checkpoints, workdir)
+            state, done = steps(run, state, data, checkpoints, workdir)
+        if done:
+            finish(run, state, workdir)
+        else:
+            print("stopped and saved; run the same command again to go on", flush=True)
+
+
+def check_same_run(values: dict[str, Any], workdir: epath.Path) -> None:
+    """Writes the settings into a new work directory, or compares them with those of the run it holds.
+
+    Raises:
+      UserError: settings that change what is learnt differ.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    path, values = workdir / "config.json", json.loads(json.dumps(values))
+    if not path.exists():
+        aside = workdir / "config.json.tmp"
+        aside.write_text(json.dumps(values, indent=2))
+        aside.replace(path)
+        return
+    lines = differences(json.loads(path.read_text()), values)
+    changed = [line for line in lines if line.split(":")[0] not in FREE_ON_RESUME]
+    if changed:
+        raise UserError(
+            f"{workdir} holds a run with other settings ({'; '.join(changed)}); give them as they were, or choose "
+            "another --workdir"
+        )
+
+
+def start(run: Run, data: grain.DatasetIterator, checkpoints: Checkpoints, workdir: epath.Path) -> tuple[Run, Any]:
+    """Prints what trains, and returns the state: restored, with the data's position, or new."""
+    shown = {**run.trainable, "params": combine(run.trainable.get("params", {}), run.frozen)}
+    print(table(shown, run.trainable), flush=True)
+    state = checkpoints.restore(run.abstract_state, data)
+    if state is None:
+        save_frozen(workdir, run.frozen)
+        print(f"new run in {workdir}: {run.config.steps} steps", flush=True)
+        return run, run.new_state()
+    print(f"resumed after step {int(state['step'])} from {checkpoints.path}", flush=True)
+    return run.with_frozen(load_frozen(workdir, run.abstract_frozen)), state
+
+
+def steps(
+    run: Run, state: Any, data: grain.DatasetIterator, checkpoints: Checkpoints, workdir: epath.Path
+) -> tuple[Any, bool]:
+    """Steps to the last step, or until a signal asks to stop; saves either way.
+
+    Returns:
+      The state, and whether the last step was reached.
+    """
+    config, step = run.config, int(state["step"])
+    rate = make_schedule(config.optimizer, config.optimizer.learning_rate, config.steps)
+    progress = Progress(config.steps)
+    with contextlib.closing(RunWriter(workdir, step)) as writer, stop_on_signal() as stopping:
+        while step < config.steps and not stopping:
+            asked = time.monotonic()
+            packed = next(data)
+            waited = time.monotonic() - asked
+            state, metrics = run.step(state, run.frozen, run.place(packed.arrays))
+            progress.add(metrics, packed.documents, waited)
+            step += 1
+            saving = step % config.checkpoint_every == 0 or step == config.steps
+            if step % config.log_every == 0 or saving:
+                try:
+                    writer.write_scalars(step, progress.report(step, float(rate(step - 1)), packed.rejected))
+                except Halted as halted:
+                    raise halted_message(halted, checkpoints) from halted
+            if saving:
+                checkpoints.save(step, state, data)
+        checkpoints.save(step, state, data)
+    return state, step == config.steps
+
+
+def halted_message(halted: Halted, checkpoints: Checkpoints) -> UserError:
+    """Returns the error that also names the last good checkpoint."""
+    checkpoints.wait()
+    last = checkpoints.latest_step()
+    where = (
+        "there is no checkpoint yet" if last is None else f"the last good checkpoint is {checkpoints.path / str(last)}"
+    )
+    return UserError(f"{halted}; {where}; lower the learning rate, or look at these documents")
+
+
+def finish(run: Run, state: Any, workdir: epath.Path) -> None:
+    """Writes the trained model and the loss curve."""
+    save_model(workdir / "model", final_params(run, state["trainable"]), run.model_config, run.processor)
+    draw_curves(workdir)
+    print(f"trained: model in {workdir / 'model'}, loss curve in {workdir / 'loss.png'}", flush=True)
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[list[int]]:
+    """Yields a list that SIGTERM or the first Ctrl-C fills; a second one ends the process at once."""
+    received: list[int] = []
+
+    def on_signal(number: int, _: Any) -> None:
+        received.append(number)
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

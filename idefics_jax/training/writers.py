@@ -1,0 +1,99 @@
+"""clu's metric writers without TensorFlow.
+
+`import clu.metric_writers` imports TensorFlow for one of its writers (clu 0.0.12, its last release). An empty module
+takes that writer's place before the package is imported; ours, of the same interface, writes with tensorboardX.
+"""
+
+import json
+import sys
+import types
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import tensorboardX
+from etils import epath
+
+_summary_writer = types.ModuleType("clu.metric_writers.summary_writer")
+_summary_writer.SummaryWriter = None
+sys.modules.setdefault("clu.metric_writers.summary_writer", _summary_writer)
+
+from clu import metric_writers  # noqa: E402  (only importable after the line above)
+
+
+class TensorBoardWriter(metric_writers.MetricWriter):
+    """Writes a TensorBoard event file in `logdir`; steps after `resume_step` in older files are superseded."""
+
+    def __init__(self, logdir: epath.PathLike, resume_step: int):
+        self._writer = tensorboardX.SummaryWriter(str(logdir), purge_step=resume_step + 1)
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, float(value), step)
+
+    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """Images are uint8 or float [n, h, w, c]."""
+        for name, image in images.items():
+            self._writer.add_images(name, np.asarray(image), step, dataformats="NHWC")
+
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        for name, text in texts.items():
+            self._writer.add_text(name, text, step)
+
+    def write_histograms(self, step: int, arrays: Mapping[str, np.ndarray], num_buckets=None) -> None:
+        for name, array in arrays.items():
+            self._writer.add_histogram(name, np.asarray(array), step)
+
+    def write_hparams(self, hparams: Mapping[str, Any]) -> None:
+        self._writer.add_text("hparams", f"```\n{json.dumps(dict(hparams), indent=1, default=str)}\n```")
+
+    def write_summaries(self, step: int, values: Mapping[str, Any], metadata: Any = None) -> None:
+        raise TypeError(f"summaries of TensorFlow plugins are not written: {', '.join(values)}")
+
+    def write_audios(self, step: int, audios: Mapping[str, Any], *, sample_rate: int) -> None:
+        raise TypeError(f"audio is not written: {', '.join(audios)}")
+
+    def write_videos(self, step: int, videos: Mapping[str, Any]) -> None:
+        raise TypeError(f"video is not written: {', '.join(videos)}")
+
+    def write_pointcloud(self, step: int, point_clouds: Mapping[str, Any], **_: Any) -> None:
+        raise TypeError(f"point clouds are not written: {', '.join(point_clouds)}")
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class RunWriter(TensorBoardWriter):
+    """Also keeps the scalars as one JSON object a step in `workdir/metrics.jsonl`, which can be searched and plotted.
+
+    A resumed run drops the lines after the step it resumes from, so the file reads as if it had never stopped.
+    """
+
+    def __init__(self, workdir: epath.Path, resume_step: int):
+        super().__init__(workdir / "events", resume_step)
+        path = workdir / "metrics.jsonl"
+        kept = [line for line in read_metrics(path) if line["step"] <= resume_step]
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115  (closed in close)
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        super().write_scalars(step, scalars)
+        self._file.write(json.dumps({"step": step, **{name: float(value) for name, value in scalars.items()}}) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def read_metrics(path: epath.Path) -> list[dict[str, float]]:
+    """Reads a metrics.jsonl; a last line that a kill cut short is left out."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
