@@ -1,0 +1,33 @@
+"""Evaluates a checkpoint: asks every question of a source and scores the answers.
+
+    python -m idefics_jax.evaluate --checkpoint work/digits --config configs/eval/digits.py
+
+Figures, samples and a contact sheet go to DIR/eval, or to --out.
+"""
+
+from absl import flags, logging
+from etils import epath
+
+from idefics_jax import commands
+
+_CONFIG = commands.define_config(None, "what to ask, configs/eval/NAME.py")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "a work directory, a model folder or a Hugging Face folder")
+_OUT = flags.DEFINE_string("out", None, "folder for the results; by default CHECKPOINT/eval")
+
+
+def main() -> None:
+    logging.set_verbosity(logging.WARNING)
+    # Imported here, so that a wrong flag is answered at once.
+    import idefics_jax
+    from idefics_jax import settings
+    from idefics_jax.evaluation.run import EvalConfig, evaluate
+
+    config = settings.build(EvalConfig, _CONFIG.value.to_dict(), "config")
+    checkpoint = epath.Path(_CHECKPOINT.value).resolve()
+    model = idefics_jax.load(checkpoint)
+    figures = evaluate(model, config, epath.Path(_OUT.value).resolve() if _OUT.value else checkpoint / "eval")
+    print(f"{config.metric}: {figures[config.metric]:.3f} over {figures['questions']} questions")
+
+
+if __name__ == "__main__":
+    commands.run(main, required=("config", "checkpoint"))

@@ -1,0 +1,88 @@
+"""One evaluation: ask every question of a source, score the answers, and leave figures, samples and a picture."""
+
+import dataclasses
+import json
+import time
+from typing import Any
+
+import jax.numpy as jnp
+from etils import epath
+
+from data_pipelines.sources import SourceConfig, read_documents
+from idefics_jax.errors import UserError
+from idefics_jax.evaluation.contact_sheet import COLUMNS, draw_contact_sheet
+from idefics_jax.evaluation.metrics import METRICS
+from idefics_jax.evaluation.questions import question
+from idefics_jax.inference.answer import answers, default_decoding
+from idefics_jax.models.idefics2 import Idefics2
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """An evaluation.
+
+    Attributes:
+      source: where the questions are.
+      metric: name in metrics.METRICS.
+      rows: questions answered at once.
+      max_new_tokens: most tokens an answer.
+      limit: questions asked, or None for all.
+      dtype: of the arithmetic.
+      seed: of the sampling.
+    """
+
+    source: SourceConfig
+    metric: str
+    rows: int
+    max_new_tokens: int
+    limit: int | None
+    dtype: str
+    seed: int
+
+    def __post_init__(self):
+        if self.metric not in METRICS:
+            raise UserError(f"metric is {self.metric!r}; it must be one of {', '.join(METRICS)}")
+        for name in ("rows", "max_new_tokens", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}; it must be at least 1")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise UserError(f"dtype is {self.dtype!r}; it must be float32 or bfloat16")
+
+
+def evaluate(model: Any, config: EvalConfig, folder: epath.Path) -> dict[str, float]:
+    """Evaluates a model and writes `metrics.json`, `samples.jsonl` and `contact_sheet.png` into `folder`.
+
+    Args:
+      model: from `idefics_jax.load`, with a processor.
+      config: what to ask.
+      folder: created if missing.
+
+    Returns:
+      {metric: mean score, "questions": how many}.
+    """
+    if model.processor is None:
+        raise UserError("the checkpoint holds no processor (tokenizer.model); evaluation needs one")
+    questions = [question(document) for document in read_documents(config.source)][: config.limit]
+    decoding = default_decoding(model.processor, max_new_tokens=config.max_new_tokens)
+    module = Idefics2(model.config, dtype=jnp.dtype(config.dtype))
+    prompts = [item.prompt for item in questions]
+    given, started = [], time.monotonic()
+    for answer in answers(module, model.params, model.processor, prompts, decoding, rows=config.rows, seed=config.seed):
+        given.append(answer)
+        if len(given) % config.rows == 0 or len(given) == len(questions):
+            rate = len(given) / (time.monotonic() - started)
+            print(f"answered {len(given)}/{len(questions)}  {rate:.1f} questions/s", flush=True)
+    scores = [METRICS[config.metric](a, q.answer) for a, q in zip(given, questions, strict=True)]
+    figures = {config.metric: sum(scores) / len(scores), "questions": len(scores)}
+    folder.mkdir(parents=True, exist_ok=True)
+    samples = [
+        {"id": q.id, "question": q.text, "answer": a, "reference": q.answer, "score": s}
+        for q, a, s in zip(questions, given, scores, strict=True)
+    ]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    (folder / "metrics.json").write_text(json.dumps(figures, indent=1) + "\n")
+    # Spread over the set, so that every kind of question is seen.
+    shown = slice(0, None, max(1, len(questions) // (COLUMNS * 5)))
+    draw_contact_sheet(folder / "contact_sheet.png", questions[shown][: COLUMNS * 5], given[shown], scores[shown])
+    return figures

@@ -1,0 +1,56 @@
+"""Answers a prompt about images.
+
+    python -m idefics_jax.generate --checkpoint work/digits --image a.png --prompt "what is the digit?"
+
+Several --image flags are shown to the model in their order, before the prompt.
+"""
+
+from absl import flags, logging
+from etils import epath
+
+from idefics_jax import commands
+from idefics_jax.errors import UserError
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "a work directory, a model folder or a Hugging Face folder")
+_IMAGE = flags.DEFINE_multi_string("image", [], "an image file; may be given several times")
+_PROMPT = flags.DEFINE_string("prompt", None, "what to ask")
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "most tokens of the answer")
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 for the likeliest token, else sample")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "sample among the likeliest tokens that hold this probability")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "dtype of the arithmetic")
+_SEED = flags.DEFINE_integer("seed", 0, "of the sampling")
+
+
+def main() -> None:
+    logging.set_verbosity(logging.WARNING)
+    # Imported here, so that a wrong flag is answered at once.
+    import dataclasses
+
+    import jax.numpy as jnp
+
+    import idefics_jax
+    from idefics_jax.chat import chat_parts
+    from idefics_jax.inference.answer import answers, default_decoding
+    from idefics_jax.models.idefics2 import Idefics2
+
+    paths = [epath.Path(path) for path in _IMAGE.value]
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"--image: there is no file {str(path)!r}")
+    model = idefics_jax.load(_CHECKPOINT.value)
+    if model.processor is None:
+        raise UserError(f"{_CHECKPOINT.value} holds no processor (tokenizer.model); copy it there from the base model")
+    content = [*({"type": "image"} for _ in paths), {"type": "text", "text": _PROMPT.value}]
+    messages = [{"role": "user", "content": content}]
+    prompt = chat_parts(messages, [path.read_bytes() for path in paths], add_generation_prompt=True)
+    decoding = dataclasses.replace(
+        default_decoding(model.processor, max_new_tokens=_MAX_NEW_TOKENS.value),
+        temperature=_TEMPERATURE.value,
+        top_p=_TOP_P.value,
+    )
+    module = Idefics2(model.config, dtype=jnp.dtype(_DTYPE.value))
+    print(next(answers(module, model.params, model.processor, [prompt], decoding, rows=1, seed=_SEED.value)))
+
+
+if __name__ == "__main__":
+    commands.run(main, required=("checkpoint", "prompt"))
