@@ -30,7 +30,7 @@ WHOLE, SPLIT = ImageRules(**RELEASED, split=False), ImageRules(**RELEASED, split
 # One patch of 2 x 2 pixels for an image of up to 2 x 2: a pixel is a patch's first three numbers.
 TINY = ImageRules(patch_size=2, longest_edge=8, shortest_edge=2, positions_per_side=4, split=False, max_pixels=10_000)
 # Across the rule's branches: within limits, too long, floored, floor that bends the ratio, odd, tall, one pixel.
-SIZES = [(640, 480), (1000, 500), (2000, 1500), (100, 100), (3000, 300), (1280, 720), (981, 979), (391, 1203), (7, 1)]
+SIZES = [(640, 480), (1000, 500), (1100, 825), (100, 100), (3000, 300), (1280, 720), (981, 979), (391, 1203), (7, 1)]
 
 
 def encoded(image: PIL.Image.Image, kind: str = "PNG", **options) -> bytes:

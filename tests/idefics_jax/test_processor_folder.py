@@ -38,11 +38,13 @@ def edit(path, **changes) -> None:
     path.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
 
 
-def model_config(folder, *, latents: int, image_size: int, patch_size: int, image_token_id: int) -> None:
+def model_config(
+    folder, *, latents: int, image_size: int, patch_size: int, image_token_id: int, vocab_size: int = 33_000
+) -> None:
     config = Idefics2Config(
         vision_config={"image_size": image_size, "patch_size": patch_size},
         perceiver_config={"resampler_n_latents": latents, "hidden_size": 64},
-        text_config={"model_type": "mistral", "hidden_size": 64, "num_attention_heads": 8, "vocab_size": 33000},
+        text_config={"model_type": "mistral", "hidden_size": 64, "num_attention_heads": 8, "vocab_size": vocab_size},
         image_token_id=image_token_id,
     )
     config.save_pretrained(folder)
@@ -184,17 +186,15 @@ def test_a_processor_of_another_model_is_refused(small, folder, change, message)
             Processor.load(folder)
 
 
-def test_a_model_without_a_row_for_every_id_is_warned_of(mistral_model, tmp_path, monkeypatch):
-    """The released base model has 32002 embeddings: none for <end_of_utterance>."""
-    Processor(Tokenizer.load(mistral_model), RULES, 4).save(tmp_path)
-    model_config(tmp_path, latents=4, image_size=126, patch_size=14, image_token_id=32001)
+def test_a_model_without_a_row_for_every_id_is_warned_of(small, folder, monkeypatch):
+    """As the released base model: it has 32002 embeddings, none for <end_of_utterance>."""
+    right = {"latents": 4, "image_size": 126, "patch_size": 14, "image_token_id": small.tokenizer.image_token_id}
     warnings = []
     monkeypatch.setattr(logging, "warning", lambda *arguments: warnings.append(arguments[2:]))
-    Processor.load(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    edit(tmp_path / "config.json", text_config={**config["text_config"], "vocab_size": 32002})
-    Processor.load(tmp_path)
-    assert warnings == [(32002, 32003)]
+    for vocab_size in (small.tokenizer.vocab_size, small.tokenizer.vocab_size - 1):
+        model_config(folder, **right, vocab_size=vocab_size)
+        Processor.load(folder)
+    assert warnings == [(small.tokenizer.vocab_size - 1, small.tokenizer.vocab_size)]
 
 
 def test_another_chat_template_is_warned_of(folder, monkeypatch):
