@@ -18,6 +18,7 @@ latents. Patches are raw uint8 and are normalised on the device; float32 patches
 """
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -77,6 +78,61 @@ def batch_spec(shape: BatchShape) -> Batch:
 def empty_batch(shape: BatchShape) -> Batch:
     """Returns a writable numpy batch that is all padding."""
     return {name: np.zeros(spec.shape, spec.dtype) for name, spec in batch_spec(shape).items()}
+
+
+def fake_batch(
+    shape: BatchShape, *, vocab_size: int, image_token_id: int, num_latents: int, positions_per_side: int, seed: int
+) -> Batch:
+    """Returns a random batch of the kind the data gives: documents with their images, then padding, in every row.
+
+    A row has up to three documents, and its whole budget of images where they fit its tokens and its patches.
+
+    Args:
+      shape: the batch's static sizes.
+      vocab_size: words are drawn below it.
+      image_token_id: the id that is no word.
+      num_latents: Q, `<image>` tokens an image.
+      positions_per_side: rows and columns of the position table.
+      seed: equal seeds give equal batches.
+    """
+    from idefics_jax.processor import Encoded  # here, because the processor imports this module
+
+    rng, batch = np.random.default_rng(seed), empty_batch(shape)
+    images_a_vision_row = min(-(-shape.images // shape.vision_rows), shape.patches)
+    share = shape.patches // images_a_vision_row
+    images_a_row = min(shape.images, images_a_vision_row * shape.vision_rows)
+    documents = max(1, min(3, shape.tokens // (num_latents + 2)))
+    room = shape.tokens // documents
+    for row in range(shape.rows):
+        token = image = 0
+        for segment in range(1, documents + 1):
+            length = int(rng.integers(max(room * 7 // 8, min(room, num_latents + 2)), room + 1))
+            count = min(images_a_row * segment // documents - image, (length - 1) // num_latents)
+            tokens = rng.integers(0, vocab_size - 1, length, dtype=np.int32)
+            tokens += tokens >= image_token_id
+            tokens[1 : 1 + count * num_latents] = image_token_id
+            grids = tuple(_fake_grid(rng, share, positions_per_side) for _ in range(count))
+            slots = [divmod(i, images_a_vision_row) for i in range(image, image + count)]
+            place_document(
+                batch,
+                row,
+                encoded=Encoded(tokens, tokens != image_token_id, (), grids),
+                patches=[rng.integers(0, 256, (rows * columns, shape.patch_dim), np.uint8) for rows, columns in grids],
+                segment=segment,
+                token_offset=token,
+                image_offset=image,
+                vision_slots=[(vision_row, place * share) for vision_row, place in slots],
+                positions_per_side=positions_per_side,
+            )
+            token, image = token + length, image + count
+    return batch
+
+
+def _fake_grid(rng: np.random.Generator, patches: int, positions_per_side: int) -> tuple[int, int]:
+    """Returns (rows, columns) of an image that about fills `patches`."""
+    side = min(positions_per_side, math.isqrt(patches))
+    rows = int(rng.integers(-(-side // 2), side + 1))
+    return rows, min(positions_per_side, patches // rows)
 
 
 def place_document(
