@@ -24,6 +24,8 @@ from idefics_jax.errors import UserError
 from idefics_jax.images import RejectedImage
 from idefics_jax.processor import Encoded, Processor
 
+# Documents that a thread reads ahead.
+_READ_AHEAD = 16
 # About what the Python objects of a small document take.
 _OBJECT_BYTES = 2048
 
@@ -84,86 +86,64 @@ def encoded_size(candidate: Candidate | Rejected) -> int:
     return _OBJECT_BYTES + 5 * candidate.sizes.tokens + sum(map(len, candidate.encoded.images))
 
 
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """How documents become batches.
+
+    Attributes:
+      shape: budgets of a row, and rows in a batch.
+      lookahead: documents that wait to be chosen from.
+      rounds: see packing.pack_row.
+      seed: of the choices.
+      max_bad_fraction: share of rejected documents above which iteration stops with a UserError.
+      num_threads: threads that read and encode, and as many that decode; 0 for none.
+      identity: names everything the sequence of batches depends on; a state saved under another is refused.
+    """
+
+    shape: BatchShape
+    lookahead: int
+    rounds: int
+    seed: int
+    max_bad_fraction: float
+    num_threads: int
+    identity: str
+
+
 class PackIterDataset(grain.IterDataset):
-    """Packs candidates, a batch of rows at a time, choosing each row's documents among many that wait."""
+    """Packs an endless sequence of (index, Candidate or Rejected) into PackedRows, a batch at a time."""
 
-    def __init__(
-        self,
-        parent: grain.MapDataset,
-        *,
-        shape: BatchShape,
-        lookahead: int,
-        rounds: int,
-        seed: int,
-        max_bad_fraction: float,
-        num_threads: int,
-        identity: str,
-    ):
-        """Composes with Grain.
-
-        Args:
-          parent: endless sequence of (index, Candidate or Rejected).
-          shape: budgets of a row, and rows in a batch.
-          lookahead: how many documents wait to be chosen from.
-          rounds: see packing.pack_row.
-          seed: of the choices.
-          max_bad_fraction: share of rejected documents above which iteration stops with a UserError.
-          num_threads: threads that read and encode; 0 for none.
-          identity: names everything the sequence depends on; a state saved under another is refused.
-        """
+    def __init__(self, parent: grain.MapDataset, packing: Packing):
         super().__init__(parent)
-        self._arguments = {
-            "shape": shape,
-            "lookahead": lookahead,
-            "rounds": rounds,
-            "seed": seed,
-            "max_bad_fraction": max_bad_fraction,
-            "num_threads": num_threads,
-            "identity": identity,
-        }
+        self._packing = packing
 
     def __iter__(self) -> grain.DatasetIterator:
-        return _PackIterator(self._parent, **self._arguments)
+        return _PackIterator(self._parent, self._packing)
 
 
 class _PackIterator(grain.DatasetIterator):
-    def __init__(
-        self,
-        documents: grain.MapDataset,
-        *,
-        shape: BatchShape,
-        lookahead: int,
-        rounds: int,
-        seed: int,
-        max_bad_fraction: float,
-        num_threads: int,
-        identity: str,
-    ):
-        options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=16 * num_threads)
-        super().__init__(documents.to_iter_dataset(options).__iter__())
+    def __init__(self, documents: grain.MapDataset, packing: Packing):
+        threads = packing.num_threads
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=_READ_AHEAD * threads)
+        super().__init__(iter(documents.to_iter_dataset(options)))
         self._documents = documents
-        self._shape = shape
-        self._lookahead = lookahead
-        self._rounds = rounds
-        self._seed = seed
-        self._identity = identity
-        self._ledger = Ledger(max_bad_fraction)
+        self._packing = packing
+        self._ledger = Ledger(packing.max_bad_fraction)
         self._pool = Pool()
         self._rows = 0
 
     def __next__(self) -> PackedRows:
         rows = []
-        for _ in range(self._shape.rows):
+        for _ in range(self._packing.shape.rows):
             self._refill()
-            rng = np.random.default_rng((self._seed, self._rows))
-            placements = pack_row(self._pool, self._shape, rounds=self._rounds, rng=rng)
+            rng = np.random.default_rng((self._packing.seed, self._rows))
+            placements = pack_row(self._pool, self._packing.shape, rounds=self._packing.rounds, rng=rng)
             rows.append(tuple((placement.item[1], placement.vision_slots) for placement in placements))
             self._rows += 1
         return PackedRows(tuple(rows), self._ledger.seen, dict(self._ledger.rejected))
 
     def get_state(self) -> dict[str, Any]:
         return {
-            "identity": self._identity,
+            "identity": self._packing.identity,
             "parent": self._parent.get_state(),
             "pool": json.dumps([index for index, _ in self._pool.items]),
             "rows": self._rows,
@@ -172,10 +152,10 @@ class _PackIterator(grain.DatasetIterator):
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        if state["identity"] != self._identity:
+        if state["identity"] != self._packing.identity:
             raise UserError(
                 f"the saved position belongs to other data or other data settings (it has {state['identity']}, this "
-                f"run {self._identity}); go on with the same files, config.data and number of processes"
+                f"run {self._packing.identity}); go on with the same files, config.data and number of processes"
             )
         self._parent.set_state(state["parent"])
         self._ledger = Ledger(self._ledger.limit, state["seen"], json.loads(state["rejected"]))
@@ -188,7 +168,7 @@ class _PackIterator(grain.DatasetIterator):
             self._pool.add((index, candidate), candidate.sizes)
 
     def _refill(self) -> None:
-        while len(self._pool) < self._lookahead:
+        while len(self._pool) < self._packing.lookahead:
             index, candidate = next(self._parent)
             self._ledger.seen += 1
             if isinstance(candidate, Rejected):
@@ -198,56 +178,34 @@ class _PackIterator(grain.DatasetIterator):
 
 
 class DecodeIterDataset(grain.IterDataset):
-    """Decodes the images of packed rows into batches; a document whose pixels are damaged leaves padding behind."""
+    """Decodes the images of PackedRows into PackedBatch; a document whose pixels are damaged leaves padding behind."""
 
-    def __init__(
-        self,
-        parent: grain.IterDataset,
-        *,
-        processor: Processor,
-        cache: Cache,
-        shape: BatchShape,
-        max_bad_fraction: float,
-        num_threads: int,
-    ):
-        """Composes with Grain; `cache` keeps patches, the other arguments are those of PackIterDataset and encode."""
+    def __init__(self, parent: grain.IterDataset, packing: Packing, *, processor: Processor, cache: Cache):
+        """`cache` keeps patches between epochs."""
         super().__init__(parent)
-        self._arguments = {
-            "processor": processor,
-            "cache": cache,
-            "shape": shape,
-            "max_bad_fraction": max_bad_fraction,
-            "num_threads": num_threads,
-        }
+        self._packing = packing
+        self._processor = processor
+        self._cache = cache
 
     def __iter__(self) -> grain.DatasetIterator:
-        return _DecodeIterator(self._parent.__iter__(), **self._arguments)
+        return _DecodeIterator(iter(self._parent), self._packing, self._processor, self._cache)
 
 
 class _DecodeIterator(grain.DatasetIterator):
-    def __init__(
-        self,
-        parent: grain.DatasetIterator,
-        *,
-        processor: Processor,
-        cache: Cache,
-        shape: BatchShape,
-        max_bad_fraction: float,
-        num_threads: int,
-    ):
+    def __init__(self, parent: grain.DatasetIterator, packing: Packing, processor: Processor, cache: Cache):
         super().__init__(parent)
+        self._packing = packing
         self._processor = processor
         self._cache = cache
-        self._shape = shape
-        self._limit = max_bad_fraction
         self._undecodable: collections.Counter[str] = collections.Counter()
-        self._threads = concurrent.futures.ThreadPoolExecutor(num_threads) if num_threads else None
+        threads = packing.num_threads
+        self._threads = concurrent.futures.ThreadPoolExecutor(threads) if threads else None
 
     def __next__(self) -> PackedBatch:
         packed = next(self._parent)
         decode = self._threads.map if self._threads else map
         decoded = list(decode(self._decode_row, packed.rows))
-        batch = empty_batch(self._shape)
+        batch = empty_batch(self._packing.shape)
         names = []
         for row, documents in enumerate(decoded):
             names += self._place_row(batch, row, documents, packed)
@@ -282,7 +240,7 @@ class _DecodeIterator(grain.DatasetIterator):
         for candidate, slots, patches in documents:
             if isinstance(patches, Rejected):
                 counted = collections.Counter(packed.rejected) + self._undecodable
-                Ledger(self._limit, packed.seen, counted).reject(patches)
+                Ledger(self._packing.max_bad_fraction, packed.seen, counted).reject(patches)
                 self._undecodable[patches.reason] += 1
                 continue
             names.append(candidate.name)

@@ -80,6 +80,8 @@ class ParquetRows:
             path, index = self._groups[group]
             with _open(path) as file:
                 table = file.read_row_group(index, columns=self._columns)
+            if table.num_rows != self.group_rows[group]:
+                raise UserError(f"{path} has changed since it was opened; start again, and write new data to new files")
             self._cache[group] = table
             if len(self._cache) > self._cached_groups:
                 self._cache.popitem(last=False)

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 import grain
 
-from data_pipelines.batches import DecodeIterDataset, PackIterDataset, encode, encoded_size
+from data_pipelines.batches import DecodeIterDataset, Packing, PackIterDataset, encode, encoded_size
 from data_pipelines.cache import Cache
 from data_pipelines.sources import DocumentSource, SourceConfig
 from idefics_jax.batch import BatchShape
@@ -136,8 +136,7 @@ def batches(config: DataConfig, processor: Processor, *, shard_index: int, shard
         for stage in config.stages
     ]
     documents = _in_stages(config.stages, opened, shard_count)
-    packed = PackIterDataset(
-        documents.map_with_index(lambda index, candidate: (index, candidate)),
+    packing = Packing(
         shape=shape,
         lookahead=config.lookahead,
         rounds=config.rounds,
@@ -146,14 +145,8 @@ def batches(config: DataConfig, processor: Processor, *, shard_index: int, shard
         num_threads=config.num_threads,
         identity=_identity(config, opened, processor, shard_index, shard_count),
     )
-    decoded = DecodeIterDataset(
-        packed,
-        processor=processor,
-        cache=cache,
-        shape=shape,
-        max_bad_fraction=config.max_bad_fraction,
-        num_threads=config.num_threads,
-    )
+    indexed = documents.map_with_index(lambda index, candidate: (index, candidate))
+    decoded = DecodeIterDataset(PackIterDataset(indexed, packing), packing, processor=processor, cache=cache)
     return iter(grain.experimental.ThreadPrefetchIterDataset(decoded, prefetch_buffer_size=config.prefetch))
 
 
