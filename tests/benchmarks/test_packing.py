@@ -25,7 +25,8 @@ def test_rows_reach_the_aimed_fill(name):
     assert result.rejected < 0.04
 
 
-def test_shares_are_counted_exactly_where_they_are_known():
+def test_shares_are_counted_exactly_where_they_are_known(monkeypatch):
+    monkeypatch.setattr(packing, "ROUNDS", 1)
     shape = BatchShape(rows=1, tokens=40, vision_rows=1, patches=30, images=4)
     stream = itertools.cycle([(10, [(2, 3)]), (50, [(1, 1)])])
     result = packing.measure(stream, shape, rows=5)
