@@ -19,6 +19,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from idefics_jax.sharding import constrain
+
 Dtype = jnp.dtype
 Initializer = Callable[..., jax.Array]
 
@@ -77,7 +79,10 @@ class Embedding(nn.Module):
         self.embedding = self.param("embedding", init, (self.size, self.features))
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        return jnp.take(self.embedding, ids, axis=0, mode="clip").astype(self.dtype)
+        # Rows are whole wherever they are looked up: a lookup in a table cut along its features makes XLA copy the
+        # result to every device. In float32, so that the gradients of a frequent id are summed in it.
+        table = constrain(self.embedding, (self.axes[0], None))
+        return jnp.take(table, ids, axis=0, mode="clip").astype(self.dtype)
 
 
 class RMSNorm(nn.Module):
