@@ -6,6 +6,7 @@ drops every constraint in this Flax.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -69,12 +70,9 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
     if len(free) > 1 or any(size < 1 and size != -1 for size in shape):
         raise ValueError(f"mesh sizes {dict(sizes)} need whole numbers of at least 1, and at most one -1")
     if free:
-        shape[free[0]] = len(devices) // -np.prod(shape)
-    if np.prod(shape) != len(devices):
-        raise ValueError(
-            f"mesh sizes {dict(zip(MESH_AXES, shape, strict=True))} need {np.prod(shape)} devices; "
-            f"there are {len(devices)}"
-        )
+        shape[free[0]] = len(devices) // math.prod(size for size in shape if size != -1)
+    if math.prod(shape) != len(devices):
+        raise ValueError(f"mesh sizes {dict(sizes)} do not fit {len(devices)} device(s); their product must be that")
     return Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
