@@ -17,7 +17,7 @@ from etils import epath
 
 from idefics_jax.config import Idefics2Config
 from idefics_jax.convert.hf import check_params
-from idefics_jax.convert.staging import staged
+from idefics_jax.convert.staging import os_error, staged
 from idefics_jax.errors import UserError
 from idefics_jax.processor import Processor
 
@@ -39,7 +39,8 @@ def save_model(
 ) -> None:
     """Writes a model folder, whole or not at all; a model folder that is there already gives way.
 
-    With several processes all of them call it, each holding its part of sharded parameters.
+    With several processes all of them call it, each holding its part of sharded parameters. While Orbax writes, it
+    keeps a second copy of that part in the host's memory.
 
     Args:
       path: the folder.
@@ -56,8 +57,8 @@ def save_model(
         try:
             # Weights hardly compress, and compressing them holds another copy of them in memory.
             ocp.PyTreeCheckpointer(use_compression=False).save(folder / PARAMS, params)
-        except ValueError as error:  # how tensorstore reports a full disk
-            raise OSError(str(error)) from error
+        except ValueError as error:  # tensorstore's word for a full disk
+            raise os_error(error) from error
         if jax.process_index() == 0:
             (folder / "config.json").write_text(json.dumps(config.to_hf(), indent=2) + "\n")
             if generation_config is not None:

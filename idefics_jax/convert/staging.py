@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,6 +58,14 @@ def staged(path: epath.PathLike, *, replace: bool) -> Iterator[epath.Path]:
     finally:
         if first:
             _remove(aside)
+
+
+def os_error(error: Exception) -> OSError:
+    """Returns the OSError that a library has wrapped in words of its own; raises `error` again if it wraps none."""
+    code = re.search(r"os[ _]error(?:_code=')? ?(\d+)", str(error))
+    if code is None:
+        raise error
+    return OSError(int(code[1]), os.strerror(int(code[1])))
 
 
 def _is_remote(path: epath.Path) -> bool:

@@ -1,4 +1,4 @@
-"""A whole Hugging Face folder, tiny inside and with the released vocabulary, image rules and number of latents."""
+"""A whole Hugging Face folder: the released config and processor, with layers that are few and small."""
 
 from pathlib import Path
 
@@ -6,25 +6,31 @@ import jax
 import numpy as np
 import pytest
 
-from idefics_jax.config import Idefics2Config, PerceiverConfig, TextConfig, VisionConfig
+from idefics_jax.config import Idefics2Config
 from idefics_jax.convert.hf_folder import SHARD_BYTES, write_hf_folder
 from idefics_jax.convert.tree import param_shapes
+from tests.idefics_jax.convert.released import RELEASED_CONFIG
 
-CONFIG = Idefics2Config(
-    vision_config=VisionConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=980, patch_size=14
-    ),
-    perceiver_config=PerceiverConfig(
-        hidden_size=16, resampler_depth=2, resampler_n_heads=2, resampler_head_dim=8, num_key_value_heads=1
-    ),
-    text_config=TextConfig(
-        vocab_size=32003,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    ),
+SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+CONFIG = Idefics2Config.from_hf(
+    {
+        **RELEASED_CONFIG,
+        "vision_config": {**RELEASED_CONFIG["vision_config"], **SMALL, "num_attention_heads": 2},
+        "perceiver_config": {
+            **RELEASED_CONFIG["perceiver_config"],
+            "hidden_size": 16,
+            "resampler_depth": 2,
+            "resampler_n_heads": 2,
+            "resampler_head_dim": 8,
+            "num_key_value_heads": 1,
+        },
+        "text_config": {
+            **RELEASED_CONFIG["text_config"],
+            **SMALL,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+        },
+    }
 )
 
 
