@@ -12,6 +12,7 @@ in three moves:
 Only sizes are looked at: images are decoded after packing.
 """
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -138,19 +139,19 @@ class _Row:
         self.pool = pool
         self.shape = shape
         self.demand = pool.demand()
+        # The share of a row's tokens plus that of its patches which each document fills.
+        self.filling = self.demand[0] / shape.tokens + self.demand[1] / (shape.vision_rows * shape.patches)
         self.tokens = shape.tokens
         self.images = shape.images
         self.patches = [shape.patches] * shape.vision_rows
         # Place in the pool -> the vision row of each image.
         self.vision_rows: dict[int, tuple[int, ...]] = {}
-        self.barred = np.zeros(len(pool), bool)  # in the row, or not to be put there
+        self.free = np.ones(len(pool), bool)  # neither in the row, nor kept out of it
 
-    def copy(self) -> "_Row":
+    def duplicate(self) -> "_Row":
         """Returns a row that can be changed without changing this one."""
-        other = _Row.__new__(_Row)
-        other.pool, other.shape, other.demand = self.pool, self.shape, self.demand
-        other.tokens, other.images, other.patches = self.tokens, self.images, list(self.patches)
-        other.vision_rows, other.barred = dict(self.vision_rows), self.barred.copy()
+        other = copy.copy(self)
+        other.patches, other.vision_rows, other.free = list(self.patches), dict(self.vision_rows), self.free.copy()
         return other
 
     def emptiness(self) -> float:
@@ -166,11 +167,11 @@ class _Row:
         self.vision_rows[place], self.patches = fitted
         self.tokens -= sizes.tokens
         self.images -= len(sizes.images)
-        self.barred[place] = True
+        self.free[place] = False
         return True
 
     def take_out(self, place: int) -> None:
-        """Takes a document out; it stays barred."""
+        """Takes a document out, and keeps it out."""
         sizes = self.pool.sizes[place]
         for vision_row, patches in zip(self.vision_rows.pop(place), sizes.images, strict=True):
             self.patches[vision_row] += patches
@@ -179,28 +180,26 @@ class _Row:
 
     def fitting(self) -> np.ndarray:
         """Returns the places of documents that may fit (their images may still not find room)."""
-        tokens, patches, largest, images = self.demand
-        fits = (tokens <= self.tokens) & (patches <= sum(self.patches)) & (images <= self.images)
-        return np.flatnonzero(fits & (largest <= max(self.patches)) & ~self.barred)
+        room = np.array([[self.tokens], [sum(self.patches)], [max(self.patches)], [self.images]])
+        return np.flatnonzero((self.demand <= room).all(0) & self.free)
 
     def oldest_fitting(self) -> int | None:
-        """Returns the oldest document that fits, barring those before it whose images find no room."""
+        """Returns the oldest document that fits, and keeps out those before it whose images find no room."""
         for place in self.fitting():
             if _fit_images(self.pool.sizes[place].images, self.patches) is not None:
                 return int(place)
-            self.barred[place] = True
+            self.free[place] = False
         return None
 
     def put_fullest(self) -> bool:
         """Puts in the document that fills most; returns whether there was one."""
         places = self.fitting()
-        tokens, patches = self.demand[:2, places]
-        filled = tokens / self.shape.tokens + patches / (self.shape.vision_rows * self.shape.patches)
-        return any(self.put(int(place)) for place in places[np.argsort(-filled, kind="stable")[:_TRIES]])
+        fullest = (-self.filling[places]).argsort(kind="stable")[:_TRIES]
+        return any(self.put(int(place)) for place in places[fullest])
 
     def ruined_and_recreated(self, rng: np.random.Generator) -> "_Row":
         """Returns the row with one or two documents (never the oldest) exchanged for others."""
-        row = self.copy()
+        row = self.duplicate()
         inside = list(self.vision_rows)[1:]
         ruin = int(rng.integers(1, min(_LARGEST_RUIN, len(inside)) + 1))
         for i in rng.permutation(len(inside))[:ruin]:
@@ -211,8 +210,8 @@ class _Row:
                 row.put(int(places[rng.integers(len(places))]))
         while row.put_fullest():
             pass
-        row.barred[:] = False
-        row.barred[list(row.vision_rows)] = True
+        row.free[:] = True
+        row.free[list(row.vision_rows)] = False
         return row
 
     def placements(self) -> list[Placement]:
