@@ -13,12 +13,16 @@ from typing import Any
 
 from etils import epath
 
+from idefics_jax.errors import UserError
+
+# The decoder of a file that has no text_config at all, where it differs from Mistral's own defaults.
+DEFAULT_TEXT = {"max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "pad_token_id": 0}
 ACTIVATIONS = ("gelu_pytorch_tanh", "gelu", "silu", "relu")
 # Read from the file, but only ever with the one value this port computes.
 FIXED = {"attention_dropout": 0.0}
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A configuration that cannot be used; the message names the field, its value and the mend."""
 
 
@@ -100,7 +104,7 @@ class PerceiverConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """Mistral decoder (reference: MistralConfig, with Idefics2's own defaults for eps, length and pad token)."""
+    """Mistral decoder (reference: MistralConfig)."""
 
     vocab_size: int = 32000
     hidden_size: int = 4096
@@ -110,8 +114,8 @@ class TextConfig:
     num_key_value_heads: int = 8
     head_dim: int | None = None
     hidden_act: str = "silu"
-    max_position_embeddings: int = 32768
-    rms_norm_eps: float = 1e-5
+    max_position_embeddings: int = 131072
+    rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     sliding_window: int | None = 4096
     initializer_range: float = 0.02
@@ -167,7 +171,7 @@ class Idefics2Config:
         if hf.get("model_type") != "idefics2":
             raise ConfigError(f"config.json has model_type {hf.get('model_type')!r}; this port reads 'idefics2'")
         hf = {name: value for name, value in hf.items() if name != "model_type"}
-        text = _read_text(_section(hf, "text_config"))
+        text = _read_text(_section(hf, "text_config") if hf.get("text_config") is not None else DEFAULT_TEXT)
         perceiver = _section(hf, "perceiver_config")
         if perceiver.get("hidden_size", PerceiverConfig.hidden_size) != text.hidden_size:
             # As the reference does: a resampler of another width takes both of these from the decoder.
@@ -239,7 +243,7 @@ def _read(cls: type, hf: Mapping[str, Any], where: str, **parts: Any) -> Any:
     return cls(**fields, **parts, extra=extra)
 
 
-def _read_text(hf: dict[str, Any]) -> TextConfig:
+def _read_text(hf: Mapping[str, Any]) -> TextConfig:
     """Reads the decoder's section; rotary settings stand in one of two places, by the file's age."""
     if hf.get("model_type", "mistral") != "mistral":
         raise ConfigError(f"text_config.model_type is {hf['model_type']!r}; supported is 'mistral'")

@@ -64,9 +64,16 @@ def test_transformers_reads_our_file_as_it_reads_its_own(tmp_path, source):
     assert_contains(ours, theirs)
 
 
-@pytest.mark.parametrize("source", ["released", "saved"])
+NARROW = {"model_type": "mistral", "hidden_size": 512, "num_attention_heads": 8, "vocab_size": 32003}
+SPARSE = {
+    "narrow": {"model_type": "idefics2", "text_config": NARROW},
+    "bare": {"model_type": "idefics2", "image_token_id": 31999},
+}
+
+
+@pytest.mark.parametrize("source", ["released", "saved", *SPARSE])
 def test_fields_left_out_mean_what_they_mean_in_transformers(tmp_path, source):
-    given = sources(tmp_path)[source]
+    given = {**sources(tmp_path), **SPARSE}[source]
     ours, theirs = Idefics2Config.from_hf(given), transformers.Idefics2Config(**copy.deepcopy(given))
     for section in ("vision_config", "perceiver_config", "text_config"):
         part, reference_part = getattr(ours, section), getattr(theirs, section)
