@@ -15,6 +15,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from idefics_jax.errors import UserError
+
 MESH_AXES = ("data", "fsdp", "tensor")
 
 _ACTIVATIONS = {
@@ -59,20 +61,20 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
       devices: the devices to use, by default all.
 
     Raises:
-      ValueError: an unknown axis, more than one -1, or sizes that do not multiply to the number of devices.
+      UserError: an unknown axis, more than one -1, or sizes that do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     unknown = sorted(set(sizes) - set(MESH_AXES))
     if unknown:
-        raise ValueError(f"mesh axis {unknown[0]!r} is unknown; the axes are {', '.join(MESH_AXES)}")
+        raise UserError(f"mesh axis {unknown[0]!r} is unknown; the axes are {', '.join(MESH_AXES)}")
     shape = [sizes.get(axis, 1) for axis in MESH_AXES]
     free = [i for i, size in enumerate(shape) if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in shape):
-        raise ValueError(f"mesh sizes {dict(sizes)} need whole numbers of at least 1, and at most one -1")
+        raise UserError(f"mesh sizes {dict(sizes)} need whole numbers of at least 1, and at most one -1")
     if free:
         shape[free[0]] = len(devices) // math.prod(size for size in shape if size != -1)
     if math.prod(shape) != len(devices):
-        raise ValueError(f"mesh sizes {dict(sizes)} do not fit {len(devices)} device(s); their product must be that")
+        raise UserError(f"mesh sizes {dict(sizes)} do not fit {len(devices)} device(s); their product must be that")
     return Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 

@@ -5,11 +5,18 @@ import importlib.util
 import os
 from pathlib import Path
 
-import pytest
+# Tests run each small program a few times, so compiling costs far more than running. Set before jax is imported.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Many tests compile the same program; so do the processes they start.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / "build" / "xla"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
-from idefics_jax.images import ImageRules
-from idefics_jax.processor import Processor
-from idefics_jax.tokenizer import Tokenizer
+import pytest  # noqa: E402
+
+from idefics_jax.images import ImageRules  # noqa: E402
+from idefics_jax.processor import Processor  # noqa: E402
+from idefics_jax.tokenizer import Tokenizer  # noqa: E402
 
 MISTRAL_SHA256 = "dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055"
 

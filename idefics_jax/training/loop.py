@@ -61,9 +61,9 @@ def check_same_run(values: dict[str, Any], workdir: epath.Path) -> None:
       UserError: settings that change what is learnt differ.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    path, values = workdir / "config.json", json.loads(json.dumps(values))
+    path, values = workdir / "run.json", json.loads(json.dumps(values))
     if not path.exists():
-        aside = workdir / "config.json.tmp"
+        aside = workdir / "run.json.tmp"
         aside.write_text(json.dumps(values, indent=2))
         aside.replace(path)
         return

@@ -10,11 +10,11 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-import idefics_jax
 from idefics_jax import sharding
 from idefics_jax.batch import BatchShape, batch_spec
 from idefics_jax.config import Idefics2Config
 from idefics_jax.errors import UserError
+from idefics_jax.model import find_model, load
 from idefics_jax.models.idefics2 import Idefics2
 from idefics_jax.param_transforms import lora, partition, paths
 from idefics_jax.processor import Processor
@@ -73,7 +73,7 @@ def model_config(config: TrainConfig, processor: Processor) -> Idefics2Config:
     """
     tokenizer, rules = processor.tokenizer, processor.image_rules
     if config.init_from:
-        sizes = Idefics2Config.load(config.init_from)
+        sizes = Idefics2Config.load(find_model(config.init_from))
     else:
         sections = ConfigDict(dict(config.model)).to_dict()
         sizes = Idefics2Config.from_hf(
@@ -134,7 +134,7 @@ def random_params(model: Idefics2, config: TrainConfig, shardings: dict[str, Any
 
 def load_params(config: TrainConfig, shapes: dict[str, Any], shardings: dict[str, Any]) -> dict[str, Any]:
     """Returns the parameters in `init_from`, placed on the mesh."""
-    loaded = paths.flatten(idefics_jax.load(config.init_from).params)
+    loaded = paths.flatten(load(config.init_from).params)
     places = paths.flatten(shardings)
     return paths.unflatten({path: jax.device_put(loaded[path], places[path]) for path in paths.flatten(shapes)})
 

@@ -1,0 +1,165 @@
+"""A run: stopping and going on changes not one bit, bad numbers and wrong settings are sentences."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from idefics_jax import commands
+from idefics_jax.convert.orbax import load_model
+from idefics_jax.errors import UserError
+from idefics_jax.param_transforms import paths
+from idefics_jax.training.config import TrainConfig
+from idefics_jax.training.loop import check_same_run, train
+
+LEARNT = ("train/loss", "train/accuracy", "train/grad_norm", "train/token_fill", "train/patch_fill")
+
+
+def run(values, workdir):
+    workdir = epath.Path(workdir)
+    train(TrainConfig.from_config_dict(values), values, workdir)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: line[name] for name in ("step", *LEARNT)} for line in lines], load_model(workdir / "model")[0]
+
+
+@pytest.fixture(scope="module")
+def unbroken(small_values, tmp_path_factory):
+    return run(small_values, tmp_path_factory.mktemp("unbroken"))
+
+
+def config_file(values, folder):
+    path = folder / "small.py"
+    path.write_text(f"from ml_collections import ConfigDict\n\ndef get_config():\n    return ConfigDict({values!r})\n")
+    return path
+
+
+def test_sigterm_saves_and_going_on_is_bit_equal_to_never_having_stopped(values, unbroken, tmp_path):
+    """The run is stopped between two checkpoints and in the middle of what the packer holds."""
+    command = [sys.executable, "-m", "idefics_jax.train", "--config", str(config_file(values, tmp_path))]
+    command += ["--workdir", str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("step 2/"):
+                process.send_signal(signal.SIGTERM)
+        errors = process.stderr.read()
+    assert process.returncode == 0, errors
+    stopped_at = max(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert 2 <= stopped_at < 8
+    lines, params = run(values, tmp_path / "run")
+    # The interval that the stop fell into was cut short: its line is a mean over fewer steps.
+    after = stopped_at + values["log_every"]
+    assert [line for line in lines if line["step"] >= after] == [x for x in unbroken[0] if x["step"] >= after]
+    for path, leaf in paths.flatten(params).items():
+        np.testing.assert_array_equal(leaf, paths.flatten(unbroken[1])[path], err_msg=path)
+
+
+def test_two_runs_with_one_seed_are_equal_to_the_last_bit(values, unbroken, tmp_path):
+    lines, params = run(values, tmp_path)
+    assert lines == unbroken[0]
+    jax.tree.map(np.testing.assert_array_equal, params, unbroken[1])
+
+
+def test_a_finished_run_run_again_changes_nothing(values, tmp_path):
+    values["steps"] = values["checkpoint_every"] = values["log_every"] = 2
+    first = run(values, tmp_path)
+    again = run(values, tmp_path)
+    assert first[0] == again[0]
+    jax.tree.map(np.testing.assert_array_equal, first[1], again[1])
+
+
+def test_a_loss_that_is_not_finite_names_step_documents_and_checkpoint(values, tmp_path):
+    values["optimizer"]["learning_rate"] = 1e12
+    values["optimizer"]["warmup_steps"] = 0
+    values["checkpoint_every"] = 1
+    with pytest.raises(
+        UserError, match=r"not finite at step \d .*its documents: warmup/.*last good checkpoint is .*/1;"
+    ):
+        run(values, tmp_path)
+
+
+@pytest.mark.parametrize("adaptation", ["lora", "frozen"])
+def test_variants_start_from_a_model_and_keep_what_is_frozen(values, adaptation, unbroken, tmp_path):
+    start = tmp_path / "start"
+    run({**values, "steps": 2, "checkpoint_every": 2}, start)
+    values |= {"init_from": str(start), "model": {}, "init_std": (), "steps": 2}
+    values["partition"] = (("connector/.*", "trainable"), (".*", "frozen"))
+    if adaptation == "lora":
+        values["lora"] = {"text": {"pattern": "text_model/layers/.*", "rank": 2, "alpha": 4.0}}
+    _, params = run(values, tmp_path / adaptation)
+    before, after = paths.flatten(load_model(start / "model")[0]), paths.flatten(params)
+    moved = {path for path in after if not np.array_equal(before[path], after[path])}
+    assert {path for path in moved if path.startswith("connector/")}
+    adapted = {path for path in after if path.startswith("text_model/layers/") and path.endswith("kernel")}
+    assert {path for path in moved if not path.startswith("connector/")} == (adapted if adaptation == "lora" else set())
+
+
+def test_another_config_in_the_same_folder_is_refused_with_the_keys(tmp_path):
+    workdir = epath.Path(tmp_path)
+    old = {"steps": 10, "log_every": 5, "optimizer": {"learning_rate": 1e-3}}
+    check_same_run(old, workdir)
+    check_same_run({**old, "log_every": 1}, workdir)
+    with pytest.raises(UserError, match=r"other settings \(optimizer.learning_rate: 0.001 -> 0.1; steps: 10 -> 20\)"):
+        check_same_run({"steps": 20, "log_every": 5, "optimizer": {"learning_rate": 0.1}}, workdir)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"dtype": "float16"}, "dtype is 'float16'; it must be one of float32, bfloat16"),
+        ({"remat": "some"}, "remat is 'some'"),
+        ({"init_from": "x"}, "either model .* or init_from"),
+        ({"accumulation": 3}, r"data.shape.rows \(4\) must be a multiple of accumulation \(3\)"),
+        ({"partition": (("nothing", "frozen"), (".*", "trainable"))}, "'nothing' matches no parameter"),
+        ({"partition": ((".*", "frozen"),)}, "nothing would train"),
+        ({"processor": "/nowhere"}, "/nowhere"),
+        ({"mesh": {"rows": 2}}, "mesh axis 'rows' is unknown"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(values, change, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        run({**values, **change}, tmp_path)
+
+
+def test_a_model_that_does_not_fit_the_processor_is_refused(values, tmp_path):
+    values["model"]["text_config"]["vocab_size"] = 402
+    with pytest.raises(UserError, match="has 403 ids, the model's vocabulary 402"):
+        run(values, tmp_path)
+
+
+def test_usage_errors_exit_with_2_and_one_line(values, tmp_path):
+    good = str(config_file(values, tmp_path))
+    workdir = ["--workdir", str(tmp_path / "run")]
+    wrong = {
+        "there is no file 'configs/digit.py'; nearest is configs/digits.py": ["--config", "configs/digit.py", *workdir],
+        'Did you mean "optimizer"': ["--config", good, *workdir, "--config.optimizr.b1=0.5"],
+        "config.optimizer.learning_rate is nan": ["--config", good, *workdir, "--config.optimizer.learning_rate=nan"],
+        "optimizer.learning_rate is -1.0": ["--config", good, *workdir, "--config.optimizer.learning_rate=-1"],
+        "argument 'stray' belongs to no flag": ["--config", good, *workdir, "stray"],
+        "--workdir is missing": ["--config", good],
+        "Did you mean: workdir": ["--config", good, "--wrkdir=x"],
+        "invalid literal": ["--config", good, *workdir, "--config.steps=abc"],
+    }
+    running = {
+        message: subprocess.Popen(
+            [sys.executable, "-m", "idefics_jax.train", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ},
+        )
+        for message, arguments in wrong.items()
+    }
+    for message, process in running.items():
+        _, errors = process.communicate()
+        assert process.returncode == commands.USAGE_ERROR, errors
+        assert message in errors
+        assert "Traceback" not in errors
+        assert len(errors.strip().splitlines()) == 1, errors
+    assert not (tmp_path / "run").exists()
