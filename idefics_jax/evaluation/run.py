@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import random
 import time
 from typing import Any
 
@@ -10,11 +11,14 @@ from etils import epath
 
 from data_pipelines.sources import SourceConfig, read_documents
 from idefics_jax.errors import UserError
-from idefics_jax.evaluation.contact_sheet import COLUMNS, draw_contact_sheet
+from idefics_jax.evaluation.contact_sheet import draw_contact_sheet
 from idefics_jax.evaluation.metrics import METRICS
 from idefics_jax.evaluation.questions import question
 from idefics_jax.inference.answer import answers, default_decoding
 from idefics_jax.models.idefics2 import Idefics2
+
+# Questions on the contact sheet.
+SHEET = 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +86,8 @@ def evaluate(model: Any, config: EvalConfig, folder: epath.Path) -> dict[str, fl
     ]
     (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
     (folder / "metrics.json").write_text(json.dumps(figures, indent=1) + "\n")
-    # Spread over the set, so that every kind of question is seen.
-    shown = slice(0, None, max(1, len(questions) // (COLUMNS * 5)))
-    draw_contact_sheet(folder / "contact_sheet.png", questions[shown][: COLUMNS * 5], given[shown], scores[shown])
+    # A random sample: kinds of question may follow one another in any rhythm.
+    shown = sorted(random.Random(config.seed).sample(range(len(questions)), min(len(questions), SHEET)))
+    sheet = [(questions[index], given[index], scores[index]) for index in shown]
+    draw_contact_sheet(folder / "contact_sheet.png", *zip(*sheet, strict=True))
     return figures
