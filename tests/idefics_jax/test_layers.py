@@ -78,11 +78,12 @@ def test_layer_norm_is_torch_s(scale, offset):
     np.testing.assert_allclose(ours, norm(torch.from_numpy(x)).detach(), rtol=LEAF, atol=LEAF)
 
 
-def test_norms_take_bf16_through_float32():
-    """1 + 2**-8 is 1 in bf16: a variance taken there would be zero."""
-    x = jnp.array([[256.0, 258.0]], jnp.bfloat16)
-    layer_norm = LayerNorm(1e-6, "embed").apply({"params": {"scale": jnp.ones(2), "bias": jnp.zeros(2)}}, x)
-    np.testing.assert_array_equal(np.asarray(layer_norm, np.float32), [[-1, 1]])
+@pytest.mark.parametrize("norm", [RMSNorm(1e-5), LayerNorm(1e-5, "embed")], ids=["rms", "layer"])
+def test_norms_round_bf16_once_at_the_end(norm):
+    x = jnp.asarray(random(8, 50), jnp.bfloat16)
+    params = {"scale": 1 + 0.1 * random(50), "bias": random(50, seed=1)}
+    exact = norm.apply({"params": params}, x.astype(jnp.float32))
+    np.testing.assert_array_equal(norm.apply({"params": params}, x), exact.astype(jnp.bfloat16))
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
