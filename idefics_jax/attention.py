@@ -71,11 +71,12 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, visibility: Visib
         return _attend_block(query, key, value, mask)
 
     blocks = -(-length // QUERY_BLOCK)
+    size = -(-length // blocks)  # equal blocks: a last one that is mostly padding would cost as much as the others
 
     def split(x):
-        """[B, T, ...] -> [blocks, B, QUERY_BLOCK, ...], padded with zeros."""
-        x = jnp.pad(x, ((0, 0), (0, blocks * QUERY_BLOCK - length), *((0, 0),) * (x.ndim - 2)))
-        return jnp.moveaxis(x.reshape(x.shape[0], blocks, QUERY_BLOCK, *x.shape[2:]), 1, 0)
+        """[B, T, ...] -> [blocks, B, size, ...], padded with zeros."""
+        x = jnp.pad(x, ((0, 0), (0, blocks * size - length), *((0, 0),) * (x.ndim - 2)))
+        return jnp.moveaxis(x.reshape(x.shape[0], blocks, size, *x.shape[2:]), 1, 0)
 
     @jax.checkpoint
     def block(queries):
@@ -83,20 +84,27 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, visibility: Visib
         return _attend_block(block_query, key, value, visibility.mask(segments, positions))
 
     out = jax.lax.map(block, jax.tree.map(split, (query, visibility.query_segments, visibility.query_positions)))
-    out = jnp.moveaxis(out, 0, 1).reshape(query.shape[0], blocks * QUERY_BLOCK, *query.shape[2:])
+    out = jnp.moveaxis(out, 0, 1).reshape(query.shape[0], blocks * size, *query.shape[2:])
     return out[:, :length]
 
 
 def _attend_block(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
     batch, length, heads, head_dim = query.shape
     kv_heads = key.shape[2]
-    query = query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim) * head_dim**-0.5
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", query, key, preferred_element_type=jnp.float32)
+    # The queries of all G heads of a key head as rows of one matrix, [B, K, G * T, H].
+    query = (query * head_dim**-0.5).reshape(batch, length, kv_heads, -1, head_dim)
+    query = query.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, head_dim)
+    key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+    scores = jnp.einsum("BKTH,BKSH->BKTS", query, key, preferred_element_type=jnp.float32)
     # The lowest finite value, not -inf: a row that sees nothing must not turn into NaN.
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, value)
-    return out.reshape(batch, length, heads, head_dim)
+    scores = scores.reshape(batch, kv_heads, -1, *mask.shape[1:])
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min).reshape(*query.shape[:3], -1)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    total = weights.sum(axis=-1, keepdims=True)
+    # Divided by the total last, where there are H numbers a query and not S.
+    out = jnp.einsum("BKTS,BKSH->BKTH", weights.astype(value.dtype), value, preferred_element_type=jnp.float32) / total
+    out = out.astype(value.dtype).reshape(batch, kv_heads, -1, length, head_dim)
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
 
 
 def rotary(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
