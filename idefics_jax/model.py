@@ -15,10 +15,11 @@ from idefics_jax.config import Idefics2Config
 from idefics_jax.convert.hf import iter_from_hf
 from idefics_jax.convert.hf_folder import HfFolder, is_hf_folder
 from idefics_jax.convert.orbax import is_model_folder, load_model
-from idefics_jax.convert.tree import flatten, insert, param_shardings
 from idefics_jax.errors import UserError
 from idefics_jax.layers import Dtype
 from idefics_jax.models.idefics2 import Idefics2
+from idefics_jax.param_transforms.paths import flatten, unflatten
+from idefics_jax.param_tree import param_shardings
 from idefics_jax.processor import Processor
 from idefics_jax.sharding import RULES, make_mesh, use_mesh
 
@@ -124,7 +125,10 @@ def load_processor(path: epath.Path) -> Processor | None:
 
 def _place(tensors: HfFolder, config: Idefics2Config, shardings: dict[str, Any]) -> dict[str, Any]:
     """Puts leaf after leaf on its devices, so that the host never holds the whole."""
-    params, where = {}, flatten(shardings)
-    for name, array in iter_from_hf(tensors, config):
-        insert(params, name, jax.make_array_from_callback(array.shape, where[name], array.__getitem__))
-    return params
+    where = flatten(shardings)
+    return unflatten(
+        {
+            path: jax.make_array_from_callback(array.shape, where[path], array.__getitem__)
+            for path, array in iter_from_hf(tensors, config)
+        }
+    )

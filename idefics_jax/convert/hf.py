@@ -11,8 +11,8 @@ import numpy as np
 
 from idefics_jax.config import Idefics2Config
 from idefics_jax.convert.rules import EMBEDDING, HEAD, Leaf, leaves
-from idefics_jax.convert.tree import flatten, insert
 from idefics_jax.errors import UserError
+from idefics_jax.param_transforms.paths import flatten, unflatten
 
 Shape = tuple[int, ...]
 
@@ -31,10 +31,7 @@ def from_hf(tensors: Mapping[str, Any], config: Idefics2Config) -> dict[str, Any
       UserError: a tensor is missing, unexpected or mis-shaped (all are listed, before any is read), or the layers of
         a family differ in dtype.
     """
-    params: dict[str, Any] = {}
-    for path, array in iter_from_hf(tensors, config):
-        insert(params, path, array)
-    return params
+    return unflatten(dict(iter_from_hf(tensors, config)))
 
 
 def iter_from_hf(tensors: Mapping[str, Any], config: Idefics2Config) -> Iterator[tuple[str, np.ndarray]]:

@@ -20,8 +20,8 @@ from idefics_jax.config import Idefics2Config
 from idefics_jax.convert.hf import check_params, iter_to_hf
 from idefics_jax.convert.rules import leaves
 from idefics_jax.convert.staging import os_error, staged
-from idefics_jax.convert.tree import flatten
 from idefics_jax.errors import UserError
+from idefics_jax.param_transforms.paths import flatten
 from idefics_jax.processor import Processor
 
 SINGLE = "model.safetensors"

@@ -15,7 +15,8 @@ import jax
 import numpy as np
 
 from idefics_jax.config import Idefics2Config
-from idefics_jax.convert.tree import flatten, param_shapes
+from idefics_jax.param_transforms.paths import flatten
+from idefics_jax.param_tree import param_shapes
 
 Array = Any  # numpy or JAX array: an op uses only methods that both have
 

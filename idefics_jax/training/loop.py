@@ -22,7 +22,7 @@ from idefics_jax.training.config import FREE_ON_RESUME, TrainConfig
 from idefics_jax.training.curves import draw_curves
 from idefics_jax.training.optimizer import make_schedule
 from idefics_jax.training.progress import Halted, Progress
-from idefics_jax.training.run import Run, assemble, final_params
+from idefics_jax.training.run import Run, assemble
 from idefics_jax.training.writers import RunWriter
 
 
@@ -41,15 +41,15 @@ def train(config: TrainConfig, values: dict[str, Any], workdir: epath.Path) -> N
     check_same_run(values, workdir)
     mesh = sharding.make_mesh(config.mesh)
     with sharding.use_mesh(mesh, sharding.RULES[config.sharding]):
-        run = assemble(config, mesh)
+        run, trainable, frozen = assemble(config, mesh)
         data = pipeline.batches(
             config.data, run.processor, shard_index=jax.process_index(), shard_count=jax.process_count()
         )
         with contextlib.closing(Checkpoints(workdir, keep=config.keep_checkpoints)) as checkpoints:
-            run, state = start(run, data, checkpoints, workdir)
-            state, done = steps(run, state, data, checkpoints, workdir)
+            state, frozen = start(run, trainable, frozen, data, checkpoints, workdir)
+            state, done = steps(run, state, frozen, data, checkpoints, workdir)
         if done:
-            finish(run, state, workdir)
+            finish(run, state, frozen, workdir)
         else:
             print("stopped and saved; run the same command again to go on", flush=True)
 
@@ -76,21 +76,23 @@ def check_same_run(values: dict[str, Any], workdir: epath.Path) -> None:
         )
 
 
-def start(run: Run, data: grain.DatasetIterator, checkpoints: Checkpoints, workdir: epath.Path) -> tuple[Run, Any]:
-    """Prints what trains, and returns the state: restored, with the data's position, or new."""
-    shown = {**run.trainable, "params": combine(run.trainable.get("params", {}), run.frozen)}
-    print(table(shown, run.trainable), flush=True)
+def start(
+    run: Run, trainable: Any, frozen: Any, data: grain.DatasetIterator, checkpoints: Checkpoints, workdir: epath.Path
+) -> tuple[Any, Any]:
+    """Prints what trains, and returns state and frozen parameters: restored, with the data's position, or new."""
+    shown = {**trainable, "params": combine(trainable.get("params", {}), frozen)}
+    print(table(shown, trainable), flush=True)
     state = checkpoints.restore(run.abstract_state, data)
     if state is None:
-        save_frozen(workdir, run.frozen)
+        save_frozen(workdir, frozen)
         print(f"new run in {workdir}: {run.config.steps} steps", flush=True)
-        return run, run.new_state()
+        return run.new_state(trainable), frozen
     print(f"resumed after step {int(state['step'])} from {checkpoints.path}", flush=True)
-    return run.with_frozen(load_frozen(workdir, run.abstract_frozen)), state
+    return state, load_frozen(workdir, run.abstract_frozen)
 
 
 def steps(
-    run: Run, state: Any, data: grain.DatasetIterator, checkpoints: Checkpoints, workdir: epath.Path
+    run: Run, state: Any, frozen: Any, data: grain.DatasetIterator, checkpoints: Checkpoints, workdir: epath.Path
 ) -> tuple[Any, bool]:
     """Steps to the last step, or until a signal asks to stop; saves either way.
 
@@ -105,7 +107,7 @@ def steps(
             asked = time.monotonic()
             packed = next(data)
             waited = time.monotonic() - asked
-            state, metrics = run.step(state, run.frozen, run.place(packed.arrays))
+            state, metrics = run.step(state, frozen, run.place(packed.arrays))
             progress.add(metrics, packed.documents, waited)
             step += 1
             saving = step % config.checkpoint_every == 0 or step == config.steps
@@ -130,9 +132,9 @@ def halted_message(halted: Halted, checkpoints: Checkpoints) -> UserError:
     return UserError(f"{halted}; {where}; lower the learning rate, or look at these documents")
 
 
-def finish(run: Run, state: Any, workdir: epath.Path) -> None:
+def finish(run: Run, state: Any, frozen: Any, workdir: epath.Path) -> None:
     """Writes the trained model and the loss curve."""
-    save_model(workdir / "model", final_params(run, state["trainable"]), run.model_config, run.processor)
+    save_model(workdir / "model", run.final_params(state["trainable"], frozen), run.model_config, run.processor)
     draw_curves(workdir)
     print(f"trained: model in {workdir / 'model'}, loss curve in {workdir / 'loss.png'}", flush=True)
 

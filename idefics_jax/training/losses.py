@@ -38,7 +38,6 @@ def next_token_loss(
         x = jnp.pad(x, ((0, 0), (0, chunks * chunk - length), *((0, 0),) * (x.ndim - 2)))
         return jnp.moveaxis(x.reshape(x.shape[0], chunks, chunk, *x.shape[2:]), 1, 0)
 
-    @jax.checkpoint
     def score(x, target, weight):
         scores = logits(x)
         picked = jnp.take_along_axis(scores, target[..., None], axis=-1)[..., 0]
@@ -49,6 +48,8 @@ def next_token_loss(
     def add(sums, inputs):
         return jax.tree.map(jnp.add, sums, score(*inputs)), None
 
+    # A single chunk holds all logits at once in either pass: nothing is saved by computing them twice.
+    score = score if chunks == 1 else jax.checkpoint(score)
     start = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
     (loss, correct), _ = jax.lax.scan(add, start, (split(hidden), split(targets), split(loss_weights)))
     return {"loss": loss, "correct": correct, "weight": jnp.sum(loss_weights)}

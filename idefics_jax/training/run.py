@@ -11,12 +11,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from idefics_jax import sharding
-from idefics_jax.batch import BatchShape, batch_spec
 from idefics_jax.config import Idefics2Config
 from idefics_jax.errors import UserError
 from idefics_jax.model import find_model, load
 from idefics_jax.models.idefics2 import Idefics2
 from idefics_jax.param_transforms import lora, partition, paths
+from idefics_jax.param_tree import abstract_params, boxed_params, probe_batch
 from idefics_jax.processor import Processor
 from idefics_jax.training.checkpoint import with_shardings
 from idefics_jax.training.config import TrainConfig
@@ -26,14 +26,13 @@ from idefics_jax.training.step import init_state, make_train_step, state_axes
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The parts of a run, ready for the loop.
+    """The parts of a run that stay as they are, ready for the loop.
 
     Attributes:
       config: the settings.
       model_config: sizes of the model.
       processor: tokenizer and image rules.
       mesh: where it runs.
-      trainable, frozen: the two parts of the parameters; `trainable` as in training/step.py.
       optimizer: the gradient transformation.
       abstract_state, abstract_frozen: shapes and shardings, for a restore.
       step: jitted `(state, frozen, batch) -> (state, metrics)`; the state is donated.
@@ -43,26 +42,27 @@ class Run:
     model_config: Idefics2Config
     processor: Processor
     mesh: Mesh
-    trainable: dict[str, Any]
-    frozen: dict[str, Any]
     optimizer: optax.GradientTransformation
     abstract_state: dict[str, Any]
     abstract_frozen: dict[str, Any]
     step: Callable
 
-    def new_state(self) -> dict[str, Any]:
-        """Returns the state before the first step, placed on the mesh."""
+    def new_state(self, trainable: dict[str, Any]) -> dict[str, Any]:
+        """Returns the state before the first step, placed on the mesh; `trainable` is donated to it."""
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
-        return jax.jit(lambda tree: init_state(tree, self.optimizer), out_shardings=shardings)(self.trainable)
-
-    def with_frozen(self, frozen: dict[str, Any]) -> "Run":
-        """Returns the run with these frozen parameters."""
-        return dataclasses.replace(self, frozen=frozen)
+        start = jax.jit(lambda tree: init_state(tree, self.optimizer), out_shardings=shardings, donate_argnums=0)
+        return start(trainable)
 
     def place(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
         """Puts this process's rows of a batch on the mesh."""
         spread = sharding.batch_sharding(self.mesh)
         return {name: jax.make_array_from_process_local_data(spread, array) for name, array in batch.items()}
+
+    def final_params(self, trainable: dict[str, Any], frozen: dict[str, Any]) -> dict[str, Any]:
+        """Returns the parameters of the trained model: both parts joined, adapters merged in float32."""
+        joined = partition.combine(trainable.get("params", {}), frozen)
+        spec = tuple(self.config.lora.values())
+        return lora.merge(joined, trainable["lora"], spec) if "lora" in trainable else joined
 
 
 def model_config(config: TrainConfig, processor: Processor) -> Idefics2Config:
@@ -98,32 +98,13 @@ def model_config(config: TrainConfig, processor: Processor) -> Idefics2Config:
     return sizes
 
 
-def abstract_params(model: Idefics2) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the parameters' shapes and their logical axes, without computing anything."""
-    boxed = jax.eval_shape(lambda: _init(model, jax.random.key(0)))
-    return sharding.unbox(boxed), sharding.logical_axes(boxed)
-
-
-def _init(model: Idefics2, rng: jax.Array) -> dict[str, Any]:
-    """Runs the model's own initialisation."""
-    return model.init(rng, _probe_batch(model), method=Idefics2.full_logits)["params"]
-
-
-def _probe_batch(model: Idefics2) -> dict[str, jax.Array]:
-    """The smallest batch that passes through every part: a row a device, as the constraints on it demand."""
-    patch_dim, devices = model.config.vision_config.patch_dim, jax.sharding.get_abstract_mesh().size
-    shape = BatchShape(rows=max(1, devices), tokens=8, vision_rows=1, patches=8, images=1, patch_dim=patch_dim)
-    return {name: jnp.zeros(spec.shape, spec.dtype) for name, spec in batch_spec(shape).items()}
-
-
-def random_params(model: Idefics2, config: TrainConfig, shardings: dict[str, Any]) -> dict[str, Any]:
+def random_params(config: TrainConfig, sizes: Idefics2Config, shardings: dict[str, Any]) -> dict[str, Any]:
     """Returns random parameters: the parts' own initialisation, with `init_std` where the config deviates."""
-    shapes, _ = abstract_params(model)
-    chosen = paths.select([pattern for pattern, _ in config.init_std], paths.flatten(shapes), field="init_std")
     deviation = dict(config.init_std)
+    chosen = paths.select(deviation, paths.flatten(shardings), field="init_std")
 
     def init(rng):
-        flat = paths.flatten(sharding.unbox(_init(model, rng)))
+        flat = paths.flatten(sharding.unbox(boxed_params(sizes, rng)))
         for index, path in enumerate(sorted(chosen)):
             key = jax.random.fold_in(rng, index)
             flat[path] = jax.random.normal(key, flat[path].shape) * deviation[chosen[path]]
@@ -132,29 +113,26 @@ def random_params(model: Idefics2, config: TrainConfig, shardings: dict[str, Any
     return jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed))
 
 
-def load_params(config: TrainConfig, shapes: dict[str, Any], shardings: dict[str, Any]) -> dict[str, Any]:
-    """Returns the parameters in `init_from`, placed on the mesh."""
-    loaded = paths.flatten(load(config.init_from).params)
-    places = paths.flatten(shardings)
-    return paths.unflatten({path: jax.device_put(loaded[path], places[path]) for path in paths.flatten(shapes)})
-
-
-def assemble(config: TrainConfig, mesh: Mesh) -> Run:
+def assemble(config: TrainConfig, mesh: Mesh) -> tuple[Run, dict[str, Any], dict[str, Any]]:
     """Builds everything a run needs, inside `sharding.use_mesh`.
+
+    Returns:
+      The run, and the two parts of the parameters it starts from: trainable (as in training/step.py) and frozen.
 
     Raises:
       UserError: the parts of the config do not fit each other.
     """
     processor = Processor.load(config.processor)
-    sizes = model_config(config, processor)
-    model = Idefics2(sizes, dtype=jnp.dtype(config.dtype), remat=config.remat)
-    rules = sharding.RULES[config.sharding]
-    shapes, axes = abstract_params(model)
+    sizes, rules = model_config(config, processor), sharding.RULES[config.sharding]
+    shapes, axes = abstract_params(sizes)
     places = sharding.tree_shardings(mesh, axes, rules)
-    params = load_params(config, shapes, places) if config.init_from else random_params(model, config, places)
+    spec = tuple(config.lora.values())
     try:
+        if config.init_from:
+            params = load(config.init_from, mesh=mesh, rules=rules).params
+        else:
+            params = random_params(config, sizes, places)
         base, frozen = partition.partition(params, config.partition)
-        spec = tuple(config.lora.values())
         adapters = lora.init(shapes, spec, jax.random.key(config.seed + 1)) if spec else {}
         trainable = {name: tree for name, tree in (("params", base), ("lora", adapters)) if tree}
         if not trainable:
@@ -162,39 +140,33 @@ def assemble(config: TrainConfig, mesh: Mesh) -> Run:
         optimizer = make_optimizer(config.optimizer, trainable, config.steps)
     except ValueError as error:
         raise UserError(str(error)) from error
-    frozen = jax.tree.map(lambda x: x.astype(config.frozen_dtype), frozen)
-    trainable_axes = {"params": _subtree(axes, base), "lora": lora.axes(axes, adapters)}
-    state_shapes = jax.eval_shape(lambda tree: init_state(tree, optimizer), trainable)
-    state_places = sharding.tree_shardings(mesh, state_axes(state_shapes, trainable_axes), rules)
+    model = Idefics2(sizes, dtype=jnp.dtype(config.dtype), remat=config.remat)
     if adapters:
         lora.assert_used(lambda tree: _traced_logits(model, shapes, tree), adapters)
+    frozen = jax.tree.map(lambda x: x.astype(config.frozen_dtype), frozen)
+    state_shapes = jax.eval_shape(lambda tree: init_state(tree, optimizer), trainable)
+    trainable_axes = {"params": _subtree(axes, base), "lora": lora.axes(axes, adapters)}
+    state_places = sharding.tree_shardings(mesh, state_axes(state_shapes, trainable_axes), rules)
     step = make_train_step(model, optimizer, spec, accumulation=config.accumulation, chunk=config.loss_chunk)
-    return Run(
+    run = Run(
         config=config,
         model_config=sizes,
         processor=processor,
         mesh=mesh,
-        trainable=trainable,
-        frozen=frozen,
         optimizer=optimizer,
         abstract_state=with_shardings(state_shapes, state_places),
         abstract_frozen=with_shardings(frozen, _subtree(places, frozen)),
         step=jax.jit(step, donate_argnums=0, out_shardings=(state_places, None)),
     )
+    return run, trainable, frozen
 
 
 def _traced_logits(model: Idefics2, shapes: dict[str, Any], adapters: dict[str, Any]) -> jax.Array:
     """The model's logits as a function of the adapters alone, to be traced, never run."""
     params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return model.apply({"params": params, "lora": adapters}, _probe_batch(model), method=Idefics2.full_logits)
+    return model.apply({"params": params, "lora": adapters}, probe_batch(model.config), method=Idefics2.full_logits)
 
 
 def _subtree(tree: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
     flat = paths.flatten(tree)
     return paths.unflatten({path: flat[path] for path in paths.flatten(like)})
-
-
-def final_params(run: Run, trainable: dict[str, Any]) -> dict[str, Any]:
-    """Returns the parameters of the trained model: both parts joined, adapters merged in float32."""
-    joined = partition.combine(trainable.get("params", {}), run.frozen)
-    return lora.merge(joined, trainable["lora"], tuple(run.config.lora.values())) if "lora" in trainable else joined

@@ -12,8 +12,9 @@ from idefics_jax.config import Idefics2Config
 from idefics_jax.convert.hf import from_hf
 from idefics_jax.convert.hf_folder import HfFolder
 from idefics_jax.convert.orbax import save_model
-from idefics_jax.convert.tree import flatten, param_shardings
 from idefics_jax.errors import UserError
+from idefics_jax.param_transforms.paths import flatten
+from idefics_jax.param_tree import param_shardings
 from tests.idefics_jax import reference
 from tests.idefics_jax.convert import reference_folder
 

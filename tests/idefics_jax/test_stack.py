@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from idefics_jax.batch import batch_spec
-from idefics_jax.convert.tree import param_shapes
 from idefics_jax.models.idefics2 import Idefics2
 from idefics_jax.models.mistral import Mistral
+from idefics_jax.param_tree import param_shapes
 from idefics_jax.stack import REMAT_POLICIES, stack
 from tests.idefics_jax import reference, tiny
 

@@ -8,7 +8,7 @@ import pytest
 
 from idefics_jax.config import Idefics2Config
 from idefics_jax.convert.hf_folder import SHARD_BYTES, write_hf_folder
-from idefics_jax.convert.tree import param_shapes
+from idefics_jax.param_tree import param_shapes
 from tests.idefics_jax.convert.released import RELEASED_CONFIG
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}

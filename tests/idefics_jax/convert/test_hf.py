@@ -6,8 +6,9 @@ import pytest
 
 from idefics_jax.convert.hf import from_hf, to_hf
 from idefics_jax.convert.rules import EMBEDDING, HEAD, leaves
-from idefics_jax.convert.tree import flatten, insert, param_shapes
 from idefics_jax.errors import UserError
+from idefics_jax.param_transforms.paths import flatten, unflatten
+from idefics_jax.param_tree import param_shapes
 from tests.idefics_jax import tiny
 
 DTYPES = [np.float32, ml_dtypes.bfloat16, np.float16]
@@ -39,10 +40,8 @@ def test_tensors_come_back_bit_for_bit(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_parameters_come_back_bit_for_bit(dtype):
     rng = np.random.default_rng(1)
-    params: dict = {}
-    for path, leaf in flatten(param_shapes(tiny.CONFIG)).items():
-        insert(params, path, random_bits(leaf.shape, dtype, rng))
-    back, params = flatten(from_hf(to_hf(params, tiny.CONFIG), tiny.CONFIG)), flatten(params)
+    params = {path: random_bits(x.shape, dtype, rng) for path, x in flatten(param_shapes(tiny.CONFIG)).items()}
+    back = flatten(from_hf(to_hf(unflatten(params), tiny.CONFIG), tiny.CONFIG))
     assert back.keys() == params.keys()
     assert all(same_bits(back[path], params[path]) for path in params)
 

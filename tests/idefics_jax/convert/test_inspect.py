@@ -7,8 +7,8 @@ import pytest
 from idefics_jax.convert.hf_folder import SINGLE, write_hf_folder
 from idefics_jax.convert.inspect import describe
 from idefics_jax.convert.orbax import save_model
-from idefics_jax.convert.tree import flatten
 from idefics_jax.errors import UserError
+from idefics_jax.param_transforms.paths import flatten
 from tests.idefics_jax import tiny
 
 TOTAL = sum(np.size(leaf) for leaf in flatten(tiny.raw_params()).values())

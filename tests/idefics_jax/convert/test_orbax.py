@@ -8,8 +8,9 @@ import pytest
 
 from idefics_jax import sharding
 from idefics_jax.convert.orbax import load_model, model_shapes, save_model
-from idefics_jax.convert.tree import flatten, param_shardings
 from idefics_jax.errors import UserError
+from idefics_jax.param_transforms.paths import flatten
+from idefics_jax.param_tree import param_shardings
 from tests.idefics_jax import tiny
 
 DTYPES = [np.float32, ml_dtypes.bfloat16, np.float16]
