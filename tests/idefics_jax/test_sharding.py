@@ -20,7 +20,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 def eight_devices() -> subprocess.CompletedProcess:
     flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     flags += " --xla_cpu_use_fusion_emitters=false"  # all three: compile fast
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    # A program out of the cache is not compiled, and XLA has nothing to say of it.
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "JAX_ENABLE_COMPILATION_CACHE": "false"}
     command = [sys.executable, "-m", "tests.idefics_jax.sharded"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
