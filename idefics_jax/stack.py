@@ -2,7 +2,14 @@
 
 Parameters of a stack have a leading `layers` axis; the program holds one layer, so compile time does not grow with
 depth. What the backward pass keeps is chosen by name.
+
+A scan copies each layer's weights out of the stack every time it runs. Beside the arithmetic of many tokens that is
+nothing, but a step of decoding does little else than read weights: it may run the layers `unrolled`, their parameters
+cut apart once.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -43,3 +50,36 @@ def stack(block: type[nn.Module], *, length: int, remat: str) -> type[nn.Module]
         length=length,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
+
+
+def unrolled(block: type[nn.Module], *, length: int) -> Callable[..., nn.Module]:
+    """Returns `block` applied `length` times in a row, for inference: built and called as what `stack` returns.
+
+    `per_layer`, and what comes back for it, is a tuple of L trees; parameters are named as `unrolled_params` does.
+    """
+    return lambda *args, **kwargs: _Unrolled(block, args, length, **kwargs)
+
+
+class _Unrolled(nn.Module):
+    block: type[nn.Module]
+    args: tuple[Any, ...]
+    length: int
+
+    @nn.compact
+    def __call__(self, x: Any, shared: Any, per_layer: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+        out = []
+        for i in range(self.length):
+            x, own = self.block(*self.args, name=str(i))(x, shared, per_layer[i])
+            out.append(own)
+        return x, tuple(out)
+
+
+def unrolled_params(stacked: dict[str, Any]) -> dict[str, Any]:
+    """Returns the parameters of a stack as those of its unrolled form: {"0": the first layer's, "1": ...}."""
+    return {str(i): layer for i, layer in enumerate(unstack(stacked))}
+
+
+def unstack(tree: Any) -> tuple[Any, ...]:
+    """Cuts a tree along the leading axis of its leaves into L trees without it."""
+    leaves, structure = jax.tree.flatten(tree)
+    return tuple(jax.tree.unflatten(structure, layer) for layer in zip(*leaves, strict=True))

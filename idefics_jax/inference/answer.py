@@ -15,7 +15,10 @@ TOKEN_BUCKET, PATCH_BUCKET = 64, 64
 
 
 def default_decoding(processor: Processor, *, max_new_tokens: int) -> Decoding:
-    """Greedy, ending with a turn or a document, never choosing the tokens that stand for an image."""
+    """Greedy, ending with a turn or a document, never choosing the tokens that stand for an image.
+
+    On CPU the token loop runs unrolled: there a scan copies every weight at every token, and memory is at hand.
+    """
     tokenizer = processor.tokenizer
     return Decoding(
         max_new_tokens=max_new_tokens,
@@ -23,6 +26,7 @@ def default_decoding(processor: Processor, *, max_new_tokens: int) -> Decoding:
         banned_ids=(tokenizer.fake_token_id, tokenizer.image_token_id),
         temperature=0.0,
         top_p=1.0,
+        unroll=jax.default_backend() == "cpu",
     )
 
 

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 
 from idefics_jax.batch import Batch
 from idefics_jax.errors import UserError
-from idefics_jax.inference.cache import empty_cache
+from idefics_jax.inference.cache import Cache, empty_cache
 from idefics_jax.models.idefics2 import Idefics2
+from idefics_jax.stack import unrolled_params, unstack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Decoding:
       banned_ids: never chosen. The image tokens belong here: the model has no image to put in their place.
       temperature: 0 for greedy, else the logits are divided by it and sampled from.
       top_p: sample only among the likeliest tokens that together hold this probability.
+      unroll: whether to cut the decoder's layers apart before the token loop: no weight and no cache is copied in it,
+        but the decoder's weights are held twice meanwhile, and compile time grows with depth.
     """
 
     max_new_tokens: int
@@ -34,6 +37,7 @@ class Decoding:
     banned_ids: tuple[int, ...]
     temperature: float
     top_p: float
+    unroll: bool = False
 
     def __post_init__(self):
         if self.max_new_tokens < 1:
@@ -81,6 +85,8 @@ def generate(
         model.config.text_config, batch=rows, length=length + decoding.max_new_tokens - 1, dtype=model.dtype
     )
     hidden, cache = model.apply(variables, batch, cache)
+    if decoding.unroll:
+        model, variables, cache = _unrolled(model, variables, cache)
 
     def next_token(hidden, step):
         logits = model.apply(variables, hidden[:, -1], method=Idefics2.logits)
@@ -121,3 +127,16 @@ def generate(
 
     end = jax.lax.while_loop(going, step, keep(start))
     return end["tokens"], end["lengths"]
+
+
+def _unrolled(model: Idefics2, variables: dict[str, Any], cache: Cache) -> tuple[Idefics2, dict[str, Any], Cache]:
+    """Cuts the decoder's layers, their adapters and their caches apart."""
+
+    def cut(tree: dict[str, Any]) -> dict[str, Any]:
+        text = tree.get("text_model", {})
+        if "layers" not in text:  # no adapters there
+            return tree
+        return {**tree, "text_model": {**text, "layers": unrolled_params(text["layers"])}}
+
+    variables = {name: cut(collection) for name, collection in variables.items()}
+    return model.clone(unroll=True), variables, {**cache, "layers": unstack(cache["layers"])}

@@ -41,17 +41,20 @@ class Idefics2(nn.Module):
       config: sizes.
       dtype: dtype of the arithmetic; parameters keep their own.
       remat: what the backward pass keeps, a name in stack.REMAT_POLICIES.
+      unroll: whether the decoder's layers run unrolled, as generate does for a token at a time.
     """
 
     config: Idefics2Config
     dtype: Dtype = jnp.float32
     remat: str = "none"
+    unroll: bool = False
 
     def setup(self):
         config = self.config
         self.vision_model = Siglip(config.vision_config, self.dtype, self.remat)
         self.connector = PerceiverConnector(config, self.dtype, self.remat)
-        self.text_model = Mistral(config.text_config, config.tie_word_embeddings, self.dtype, self.remat)
+        text, tie = config.text_config, config.tie_word_embeddings
+        self.text_model = Mistral(text, tie, self.dtype, self.remat, self.unroll)
 
     def embed_images(self, batch: Batch) -> jax.Array:
         """Returns the latents [B, I, Q, D] of a batch's images."""

@@ -12,7 +12,7 @@ from idefics_jax.config import TextConfig
 from idefics_jax.inference.cache import Cache, write
 from idefics_jax.layers import Dtype, Embedding, GatedMLP, Linear, RMSNorm
 from idefics_jax.sharding import constrain
-from idefics_jax.stack import stack
+from idefics_jax.stack import stack, unrolled
 
 
 class Attention(nn.Module):
@@ -34,8 +34,9 @@ class Attention(nn.Module):
         key = rotary(project("k_proj", config.num_key_value_heads, "kv_heads"), positions, config.rope_theta)
         value = project("v_proj", config.num_key_value_heads, "kv_heads")
         if layer_cache is not None:
-            layer_cache = write(layer_cache, {"key": key, "value": value}, index)
-            key, value = layer_cache["key"], layer_cache["value"]
+            new = {"key": key.swapaxes(1, 2), "value": value.swapaxes(1, 2)}
+            layer_cache = write(layer_cache, new, index, axis=2)
+            key, value = layer_cache["key"].swapaxes(1, 2), layer_cache["value"].swapaxes(1, 2)
         y = attend(query, key, value, visibility).reshape(*x.shape[:-1], -1)
         o_proj = Linear(config.hidden_size, ("heads", "embed"), config.initializer_range, self.dtype, name="o_proj")
         return o_proj(y), layer_cache
@@ -73,19 +74,23 @@ class Mistral(nn.Module):
       tie: whether the head is the embedding table (config.json's tie_word_embeddings).
       dtype: dtype of the arithmetic.
       remat: name in stack.REMAT_POLICIES.
+      unroll: whether the layers run unrolled (stack.unrolled), on parameters and a cache cut apart, or scanned.
     """
 
     config: TextConfig
     tie: bool
     dtype: Dtype
     remat: str
+    unroll: bool = False
 
     def setup(self):
         config = self.config
         self.embed_tokens = Embedding(
             config.vocab_size, config.hidden_size, ("vocab", "embed"), config.initializer_range, self.dtype
         )
-        self.layers = stack(Layer, length=config.num_hidden_layers, remat=self.remat)(config, self.dtype)
+        length = config.num_hidden_layers
+        layers = unrolled(Layer, length=length) if self.unroll else stack(Layer, length=length, remat=self.remat)
+        self.layers = layers(config, self.dtype)
         self.norm = RMSNorm(config.rms_norm_eps)
         if not self.tie:
             # float32 whatever the dtype: bf16 logits of equal rank would tie, and their rounding spoils the loss.
@@ -112,7 +117,9 @@ class Mistral(nn.Module):
         if cache is None:
             seen, index, per_layer = (segment_ids, positions), None, None
         else:
-            tokens = write(cache["tokens"], {"segment_ids": segment_ids, "positions": positions}, cache["index"])
+            tokens = write(
+                cache["tokens"], {"segment_ids": segment_ids, "positions": positions}, cache["index"], axis=1
+            )
             seen, index, per_layer = (tokens["segment_ids"], tokens["positions"]), cache["index"], cache["layers"]
         visibility = Visibility(segment_ids, seen[0], positions, seen[1], self.config.sliding_window)
         x, per_layer = self.layers(x, (positions, visibility, index), per_layer)

@@ -12,7 +12,7 @@ from idefics_jax.batch import batch_spec
 from idefics_jax.models.idefics2 import Idefics2
 from idefics_jax.models.mistral import Mistral
 from idefics_jax.param_tree import param_shapes
-from idefics_jax.stack import REMAT_POLICIES, stack
+from idefics_jax.stack import REMAT_POLICIES, stack, unrolled, unrolled_params, unstack
 from tests.idefics_jax import reference, tiny
 
 
@@ -43,6 +43,17 @@ def test_each_layer_draws_its_own_parameters_and_has_a_layers_axis():
     assert boxed.names == ("layers", "embed")
     assert boxed.value.shape == (3, 4)
     assert len(np.unique(boxed.value)) == 12
+
+
+def test_unrolled_is_scanned_on_parameters_cut_apart():
+    w, per_layer = np.arange(1.0, 7.0).reshape(3, 2), np.array([10.0, 20.0, 30.0])
+    x, shared = np.array([1.0, -1.0]), {"bias": 0.5}
+    scanned, seen = stack(Affine, length=3, remat="none")().apply({"params": {"w": w}}, x, shared, per_layer)
+    params = unrolled_params({"w": w})
+    assert list(params) == ["0", "1", "2"]
+    out, own = unrolled(Affine, length=3)().apply({"params": params}, x, shared, unstack(per_layer))
+    np.testing.assert_allclose(out, scanned, rtol=1e-6)
+    np.testing.assert_allclose(np.stack(own), seen, rtol=1e-6)
 
 
 def test_an_unknown_policy_is_refused_by_name():

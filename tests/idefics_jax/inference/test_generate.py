@@ -1,6 +1,7 @@
 """Generation is token for token the reference's, whatever the batch, from one compiled program."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ import torch
 
 from idefics_jax.errors import UserError
 from idefics_jax.inference.generate import Decoding, choose, generate
+from idefics_jax.param_transforms import lora
+from idefics_jax.param_transforms.lora import LoraTarget
 from tests.idefics_jax import reference
 
 GREEDY = Decoding(
@@ -57,6 +60,35 @@ def test_greedy_is_the_reference_for_prompts_of_different_lengths(twin, document
     assert len({tuple(tokens) for tokens in wanted}) == 3
     assert greedy(twin, documents) == wanted
     assert greedy(twin, documents, spare=5) == wanted, "padding to a bucket changes nothing"
+
+
+def test_unrolled_generation_is_the_scanned_one_with_adapters_too(twin, documents):
+    spec = [LoraTarget("text_model/layers/.*", rank=2, alpha=4.0), LoraTarget("vision_model/.*", rank=2, alpha=4.0)]
+    adapters = lora.init(twin.params, spec, jax.random.key(0))
+    adapters = jax.tree.map(lambda x: 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), adapters)
+    batch = reference.batch([[document] for document in documents], side="left")
+    unrolled = dataclasses.replace(GREEDY, unroll=True)
+    results = []
+    for collections in ({}, {"lora": adapters}, {"lora": {"vision_model": adapters["vision_model"]}}):
+        variables = {"params": twin.params, **collections}
+        (scanned, _), (tokens, _) = (
+            generate(twin.model, variables, batch, decoding, jax.random.key(0)) for decoding in (GREEDY, unrolled)
+        )
+        np.testing.assert_array_equal(tokens, scanned)
+        results.append(np.asarray(tokens))
+    assert not any((a == b).all() for a, b in itertools.combinations(results, 2))
+
+
+def test_the_unrolled_loop_makes_no_copy_of_a_kernel(twin, documents):
+    batch = reference.batch([[document] for document in documents], side="left")
+    decoding = dataclasses.replace(GREEDY, unroll=True)
+    jaxpr = jax.make_jaxpr(generate.__wrapped__, static_argnums=(0, 3))(
+        twin.model, {"params": twin.params}, batch, decoding, jax.random.key(0)
+    )
+    (loop,) = (equation for equation in jaxpr.eqns if equation.primitive.name == "while")
+    body, text = loop.params["body_jaxpr"].eqns, twin.config.text_config
+    assert "scan" not in {equation.primitive.name for equation in body}
+    assert (text.hidden_size, text.intermediate_size) not in [out.aval.shape for line in body for out in line.outvars]
 
 
 def test_a_row_ends_with_its_own_stop_token(twin, documents):
