@@ -201,24 +201,42 @@ def _runs(parts: Sequence[Part]) -> Iterator[Image | EndOfUtterance | list[Text]
         yield texts
 
 
-def _vision_slots(document: Encoded, shape: BatchShape) -> list[tuple[int, int]]:
-    """Gives each image the first vision row with room for it: (vision row, patch it begins at)."""
-    used = [0] * shape.vision_rows
+def first_fit(sizes: Sequence[int], room: int) -> list[tuple[int, int]]:
+    """Gives each image the first vision row with room for it, opening rows as needed.
+
+    Args:
+      sizes: patches of each image, none above `room`.
+      room: patches a vision row holds.
+
+    Returns:
+      (vision row, patch it begins at) of each.
+    """
+    used: list[int] = []
     slots = []
+    for size in sizes:
+        row = next((row for row, filled in enumerate(used) if filled + size <= room), len(used))
+        if row == len(used):
+            used.append(0)
+        slots.append((row, used[row]))
+        used[row] += size
+    return slots
+
+
+def _vision_slots(document: Encoded, shape: BatchShape) -> list[tuple[int, int]]:
+    """Places a document's images in the vision rows of its row."""
+    sizes = [rows * columns for rows, columns in document.grids]
     for number, (rows, columns) in enumerate(document.grids):
-        count = rows * columns
-        if count > shape.patches:
+        if rows * columns > shape.patches:
             raise RejectedImage(
                 "too-many-patches",
-                f"image {number} has {rows} x {columns} = {count} patches and a vision row holds batch.patches = "
-                f"{shape.patches}; lower images.longest_edge or raise batch.patches",
+                f"image {number} has {rows} x {columns} = {rows * columns} patches and a vision row holds "
+                f"batch.patches = {shape.patches}; lower images.longest_edge or raise batch.patches",
             )
-        row = next((row for row, filled in enumerate(used) if filled + count <= shape.patches), None)
-        if row is None:
+    slots = first_fit(sizes, shape.patches)
+    for number, (row, _) in enumerate(slots):
+        if row >= shape.vision_rows:
             raise UserError(
-                f"image {number} with {count} patches finds no room in batch.vision_rows = {shape.vision_rows} rows of "
-                f"{shape.patches}; give fewer images or raise batch.vision_rows"
+                f"image {number} with {sizes[number]} patches finds no room in batch.vision_rows = "
+                f"{shape.vision_rows} rows of {shape.patches}; give fewer images or raise batch.vision_rows"
             )
-        slots.append((row, used[row]))
-        used[row] += count
     return slots

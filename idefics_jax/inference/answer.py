@@ -8,7 +8,7 @@ from idefics_jax.batch import BatchShape
 from idefics_jax.documents import Part
 from idefics_jax.inference.generate import Decoding, generate
 from idefics_jax.models.idefics2 import Idefics2
-from idefics_jax.processor import Encoded, Processor
+from idefics_jax.processor import Encoded, Processor, first_fit
 
 # Sizes are rounded up to these, so that most prompts share a program.
 TOKEN_BUCKET, PATCH_BUCKET = 64, 64
@@ -31,19 +31,29 @@ def default_decoding(processor: Processor, *, max_new_tokens: int) -> Decoding:
 
 
 def bucket(encoded: Sequence[Encoded], *, rows: int, patch_dim: int) -> BatchShape:
-    """Returns the sizes that hold any `rows` of these prompts, a vision row for each image, rounded up to buckets."""
+    """Returns the sizes that hold any `rows` of these prompts, rounded up to buckets.
+
+    Of all lengths of a vision row the one is taken that leaves the fewest patches in all; of equals the shortest.
+    """
 
     def up(size: int, step: int) -> int:
         return -(-max(size, 1) // step) * step
 
-    images = max((len(prompt.grids) for prompt in encoded), default=0)
-    patches = max((height * width for prompt in encoded for height, width in prompt.grids), default=0)
+    images = [[height * width for height, width in prompt.grids] for prompt in encoded]
+    largest = max((size for own in images for size in own), default=0)
+    most = max((sum(own) for own in images), default=0)
+    lengths = range(up(largest, PATCH_BUCKET), up(most, PATCH_BUCKET) + 1, PATCH_BUCKET)
+
+    def vision_rows(length: int) -> int:
+        return max((row + 1 for own in images for row, _ in first_fit(own, length)), default=1)
+
+    patches = min(lengths, key=lambda length: vision_rows(length) * length)
     return BatchShape(
         rows=rows,
         tokens=up(max((len(prompt.tokens) for prompt in encoded), default=0), TOKEN_BUCKET),
-        vision_rows=max(images, 1),
-        patches=up(patches, PATCH_BUCKET),
-        images=max(images, 1),
+        vision_rows=vision_rows(patches),
+        patches=patches,
+        images=max((len(own) for own in images), default=0) or 1,
         patch_dim=patch_dim,
     )
 
