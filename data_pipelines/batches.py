@@ -18,11 +18,11 @@ import numpy as np
 from data_pipelines.cache import Cache
 from data_pipelines.packing import Pool, Sizes, misfit, pack_row
 from data_pipelines.rejection import Ledger, Rejected
-from idefics_jax.batch import Batch, BatchShape, empty_batch, place_document
+from idefics_jax.batch import Batch, BatchShape, Encoded, empty_batch, place_document
 from idefics_jax.documents import Document
 from idefics_jax.errors import UserError
 from idefics_jax.images import RejectedImage
-from idefics_jax.processor import Encoded, Processor
+from idefics_jax.processor import Processor
 
 # Documents that a thread reads ahead.
 _READ_AHEAD = 16

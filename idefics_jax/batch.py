@@ -19,15 +19,12 @@ latents. Patches are raw uint8 and are normalised on the device; float32 patches
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 
 from idefics_jax import images
-
-if TYPE_CHECKING:  # the processor builds batches, so it imports this module
-    from idefics_jax.processor import Encoded
 
 Batch = dict[str, Any]
 
@@ -57,6 +54,23 @@ class BatchShape:
             value = getattr(self, field.name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"batch.{field.name} is {value!r}; it must be a whole number of at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """A document as the packer sees it: exact sizes, nothing decoded.
+
+    Attributes:
+      tokens: int32 [n].
+      trained: bool [n], whether the token counts as a target; never true for image tokens and `<s>`.
+      images: the encoded bytes of each image, in reading order.
+      grids: (rows, columns) of patches of every image after splitting, in the order of their tokens.
+    """
+
+    tokens: np.ndarray
+    trained: np.ndarray
+    images: tuple[bytes, ...]
+    grids: tuple[tuple[int, int], ...]
 
 
 def batch_spec(shape: BatchShape) -> Batch:
@@ -95,8 +109,6 @@ def fake_batch(
       positions_per_side: rows and columns of the position table.
       seed: equal seeds give equal batches.
     """
-    from idefics_jax.processor import Encoded  # here, because the processor imports this module
-
     rng, batch = np.random.default_rng(seed), empty_batch(shape)
     images_a_vision_row = min(-(-shape.images // shape.vision_rows), shape.patches)
     share = shape.patches // images_a_vision_row

@@ -5,7 +5,6 @@ A document becomes ids part by part. Text is encoded alone; the control tokens (
 forge one. The ids are nevertheless those the reference finds in its one flat string.
 """
 
-import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -13,28 +12,11 @@ from etils import epath
 
 from idefics_jax import images as images_lib
 from idefics_jax import processor_folder
-from idefics_jax.batch import Batch, BatchShape, empty_batch, place_document
+from idefics_jax.batch import Batch, BatchShape, Encoded, empty_batch, place_document
 from idefics_jax.documents import EndOfUtterance, Image, Part, Text
 from idefics_jax.errors import UserError
 from idefics_jax.images import ImageRules, RejectedImage
 from idefics_jax.tokenizer import Tokenizer
-
-
-@dataclasses.dataclass(frozen=True)
-class Encoded:
-    """A document as the packer sees it: exact sizes, nothing decoded.
-
-    Attributes:
-      tokens: int32 [n].
-      trained: bool [n], whether the token counts as a target; never true for image tokens and `<s>`.
-      images: the encoded bytes of each image, in reading order.
-      grids: (rows, columns) of patches of every image after splitting, in the order of their tokens.
-    """
-
-    tokens: np.ndarray
-    trained: np.ndarray
-    images: tuple[bytes, ...]
-    grids: tuple[tuple[int, int], ...]
 
 
 class Processor:

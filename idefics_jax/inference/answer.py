@@ -4,11 +4,11 @@ from collections.abc import Iterator, Sequence
 
 import jax
 
-from idefics_jax.batch import BatchShape
+from idefics_jax.batch import BatchShape, Encoded
 from idefics_jax.documents import Part
 from idefics_jax.inference.generate import Decoding, generate
 from idefics_jax.models.idefics2 import Idefics2
-from idefics_jax.processor import Encoded, Processor, first_fit
+from idefics_jax.processor import Processor, first_fit
 
 # Sizes are rounded up to these, so that most prompts share a program.
 TOKEN_BUCKET, PATCH_BUCKET = 64, 64

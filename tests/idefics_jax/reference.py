@@ -14,12 +14,11 @@ import transformers
 from transformers.models.idefics2.modeling_idefics2 import Idefics2RMSNorm
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 
-from idefics_jax.batch import BatchShape, empty_batch, place_document
+from idefics_jax.batch import BatchShape, Encoded, empty_batch, place_document
 from idefics_jax.config import Idefics2Config
 from idefics_jax.convert.hf import from_hf
 from idefics_jax.models.idefics2 import Idefics2
 from idefics_jax.param_transforms.paths import flatten
-from idefics_jax.processor import Encoded
 from idefics_jax.training.losses import next_token_loss
 
 # Tolerances in float32: a part alone, the whole tiny model.

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from idefics_jax import images
-from idefics_jax.batch import BatchShape, batch_spec, empty_batch, place_document
-from idefics_jax.processor import Encoded
+from idefics_jax.batch import BatchShape, Encoded, batch_spec, empty_batch, place_document
 
 SHAPE = BatchShape(rows=2, tokens=8, vision_rows=2, patches=5, images=3, patch_dim=12)
 

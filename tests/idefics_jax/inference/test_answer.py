@@ -2,8 +2,9 @@
 
 import numpy as np
 
+from idefics_jax.batch import Encoded
 from idefics_jax.inference.answer import PATCH_BUCKET, TOKEN_BUCKET, bucket
-from idefics_jax.processor import Encoded, first_fit
+from idefics_jax.processor import first_fit
 
 
 def prompt(tokens: int, *grids: tuple[int, int]) -> Encoded:
