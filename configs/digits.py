@@ -111,26 +111,25 @@ def optimizer() -> ConfigDict:
 
 def data() -> ConfigDict:
     def source(name: str, kind: str, weight: float = 1.0, image_root: str | None = None) -> dict:
-        paths = (f"{DATA}/{name}.parquet",)
-        return {"name": name, "kind": kind, "paths": paths, "weight": weight, "image_root": image_root}
+        return {"kind": kind, "paths": (f"{DATA}/{name}.parquet",), "weight": weight, "image_root": image_root}
 
     return ConfigDict(
         {
             "seed": 0,
-            "stages": (
-                # Digits alone, cropped, for the first 8 % of the steps: without it, digits are found much later.
-                {"sources": (source("warmup", "pairs"),), "documents": 5000},
-                {
-                    "sources": (
-                        source("pairs", "pairs"),
-                        source("interleaved", "obelics", image_root=DATA),
-                        source("conversations", "cauldron"),
+            "stages": {
+                # Digits alone, cropped, for the first 4 % of the steps: without it, digits are found much later.
+                "stage1": {"sources": {"warmup": source("warmup", "pairs")}, "documents": 5000},
+                "stage2": {
+                    "sources": {
+                        "pairs": source("pairs", "pairs"),
+                        "interleaved": source("interleaved", "obelics", image_root=DATA),
+                        "conversations": source("conversations", "cauldron", weight=2.0),
                         # Rows of digits are the hardest to read.
-                        source("numbers", "cauldron", weight=3.0),
-                    ),
+                        "numbers": source("numbers", "cauldron", weight=3.0),
+                    },
                     "documents": None,
                 },
-            ),
+            },
             "shape": {
                 "rows": 8,
                 "tokens": 128,
@@ -141,11 +140,11 @@ def data() -> ConfigDict:
                 "patch_dim": 3 * PATCH**2,
             },
             "lookahead": 128,
-            "rounds": 8,
+            "rounds": 4,
             "max_bad_fraction": 0.01,
             "num_threads": 0,  # two cores: the arithmetic has its own threads
             "prefetch": 4,
-            "cache_mib": 64,
+            "cache_mib": 256,
         }
     )
 

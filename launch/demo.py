@@ -6,6 +6,7 @@ Each step is a command of its own, printed before it runs, so that it can be run
 """
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -39,6 +40,8 @@ def main() -> None:
     step("idefics_jax.evaluate", "--checkpoint", workdir, "--config", "configs/eval/digits.py")
     asked = held_out_question(workdir)
     step("idefics_jax.generate", "--checkpoint", workdir, "--image", f"{workdir}/example.png", "--prompt", asked)
+    # convert never writes over a folder; this one is the demo's own.
+    shutil.rmtree(f"{workdir}/hf", ignore_errors=True)
     step("idefics_jax.convert", "to-hf", workdir, f"{workdir}/hf")
     figures = json.loads(Path(workdir, "eval", "metrics.json").read_text())
     print(

@@ -99,7 +99,26 @@ class TrainConfig:
     def from_config_dict(cls, values: Mapping[str, Any]) -> "TrainConfig":
         """Builds the settings from what a config file returns.
 
+        Stages and sources are groups there, so that `--config.data.stages.stage2.sources.mine.paths=...` reaches
+        them: stages run in the order of their names, and a source is called by its own.
+
         Raises:
           UserError: see settings.build.
         """
-        return settings.build(cls, values, "config")
+        return settings.build(cls, _in_order(values), "config")
+
+
+def _in_order(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Turns the groups of stages and sources into the tuples that DataConfig holds; what is no group stays."""
+    data = values.get("data")
+    stages = data.get("stages") if isinstance(data, Mapping) else None
+    if not isinstance(stages, Mapping) or not all(isinstance(stage, Mapping) for stage in stages.values()):
+        return dict(values)
+
+    def named(sources: Any) -> Any:
+        if not isinstance(sources, Mapping) or not all(isinstance(source, Mapping) for source in sources.values()):
+            return sources
+        return tuple({"name": name, **source} for name, source in sorted(sources.items()))
+
+    ordered = tuple({**stage, "sources": named(stage.get("sources"))} for _, stage in sorted(stages.items()))
+    return {**values, "data": {**data, "stages": ordered}}

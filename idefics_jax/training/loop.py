@@ -45,7 +45,8 @@ def train(config: TrainConfig, values: dict[str, Any], workdir: epath.Path) -> N
         data = pipeline.batches(
             config.data, run.processor, shard_index=jax.process_index(), shard_count=jax.process_count()
         )
-        with contextlib.closing(Checkpoints(workdir, keep=config.keep_checkpoints)) as checkpoints:
+        checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
+        with contextlib.closing(data), contextlib.closing(checkpoints):
             state, frozen = start(run, trainable, frozen, data, checkpoints, workdir)
             state, done = steps(run, state, frozen, data, checkpoints, workdir)
         if done:

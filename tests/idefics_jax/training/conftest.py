@@ -24,11 +24,11 @@ def small_values(data_folder):
     values = config.to_dict()
     values["processor"] = str(data_folder / "processor")
     values["steps"], values["log_every"], values["checkpoint_every"] = 8, 2, 4
-    for stage in values["data"]["stages"]:
-        for source in stage["sources"]:
-            source["paths"] = (str(data_folder / f"{source['name']}.parquet"),)
+    for stage in values["data"]["stages"].values():
+        for name, source in stage["sources"].items():
+            source["paths"] = (str(data_folder / f"{name}.parquet"),)
             source["image_root"] = source["image_root"] and str(data_folder)
-    values["data"]["stages"][0]["documents"] = 30
+    values["data"]["stages"]["stage1"]["documents"] = 30
     values["data"]["shape"]["rows"] = 4
     values["data"]["lookahead"] = 16
     for section in values["model"].values():
