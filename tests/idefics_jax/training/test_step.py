@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from idefics_jax.models.idefics2 import Idefics2
 from idefics_jax.param_transforms import lora, partition, paths
 from idefics_jax.training.optimizer import OptimizerConfig, make_optimizer
 from idefics_jax.training.step import init_state, make_train_step
@@ -71,6 +72,22 @@ def test_every_trainable_leaf_moves_and_the_loss_falls(variant, name):
         assert not np.array_equal(leaf, paths.flatten(start["trainable"])[path]), path
     assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.05
     assert int(state["step"]) == 12
+
+
+def test_bf16_arithmetic_keeps_float32_masters():
+    base, frozen = partition.partition(tiny.params(), RULES["lora"][0])
+    trainable = {"params": base, "lora": lora.init(tiny.params(), SPEC, jax.random.key(0))}
+    frozen = jax.tree.map(lambda x: x.astype(jnp.bfloat16), frozen)
+    optimizer = make_optimizer(OptimizerConfig(**{**vars(OPTIMIZER), "learning_rate": 1e-5}), trainable, 100)
+    model = Idefics2(tiny.CONFIG, dtype=jnp.bfloat16)
+    step = jax.jit(make_train_step(model, optimizer, SPEC, accumulation=1, chunk=8))
+    state, metrics = step(init_state(trainable, optimizer), frozen, tiny.batch(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(state["trainable"])} == {jnp.dtype("float32")}
+    kernel = state["trainable"]["params"]["connector"]["modality_projection"]["up_proj"]["kernel"]
+    moved = np.asarray(kernel) - np.asarray(base["connector"]["modality_projection"]["up_proj"]["kernel"])
+    assert 0 < np.abs(moved).max() < 1e-4, "an update that bf16 would have swallowed"
+    wanted = run("lora", 1)[2][0]["loss"]
+    np.testing.assert_allclose(metrics["loss"], wanted, rtol=2e-2)
 
 
 def test_accumulation_gives_the_step_of_the_whole_batch():
