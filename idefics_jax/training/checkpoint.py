@@ -53,8 +53,15 @@ class Checkpoints:
         steps = [int(path.name) for path in self.path.iterdir() if path.name.isdigit()] if self.path.exists() else []
         return max(steps, default=None)
 
-    def save(self, step: int, state: Any, data: grain.DatasetIterator) -> None:
-        """Starts saving a step; returns once the arrays are copied. A step that is already there is left alone."""
+    def save(self, step: int, state: Any, data: grain.DatasetIterator, interval: list[dict[str, float]]) -> None:
+        """Starts saving a step; returns once the arrays are copied. A step that is already there is left alone.
+
+        Args:
+          step: its number.
+          state: arrays.
+          data: iterator, for its position.
+          interval: metrics of the steps since the last line of progress.
+        """
         if step == self.latest_step():
             return
         with self._saying_what_failed():
@@ -63,11 +70,11 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state),
                     data=grain.checkpoint.CheckpointSave(data),
-                    meta=ocp.args.JsonSave({"fingerprint": fingerprint(state)}),
+                    meta=ocp.args.JsonSave({"fingerprint": fingerprint(state), "interval": interval}),
                 ),
             )
 
-    def restore(self, abstract_state: Any, data: grain.DatasetIterator) -> Any | None:
+    def restore(self, abstract_state: Any, data: grain.DatasetIterator) -> tuple[Any, list[dict[str, float]]] | None:
         """Restores the newest intact step and sets the data's position.
 
         Args:
@@ -75,7 +82,7 @@ class Checkpoints:
           data: iterator, set in place.
 
         Returns:
-          The state, or None where there is no checkpoint.
+          The state and the interval's metrics as they were saved, or None where there is no checkpoint.
 
         Raises:
           UserError: there are checkpoints, and none is intact.
@@ -83,17 +90,17 @@ class Checkpoints:
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
             try:
-                state = self._read(step, abstract_state, data)
+                restored = self._read(step, abstract_state, data)
             except Exception as error:  # damage shows as nearly any exception of Orbax or tensorstore
                 logging.warning("checkpoint %d is damaged: %s", step, str(error).splitlines()[0])
                 self._set_aside(step)
             else:
-                return state
+                return restored
         if steps:
             raise UserError(f"none of the checkpoints {steps} in {self.path} is intact; start again in another workdir")
         return None
 
-    def _read(self, step: int, abstract_state: Any, data: grain.DatasetIterator) -> Any:
+    def _read(self, step: int, abstract_state: Any, data: grain.DatasetIterator) -> tuple[Any, list[dict[str, float]]]:
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), meta=ocp.args.JsonRestore()),
@@ -103,7 +110,7 @@ class Checkpoints:
         if changed:
             raise ValueError(f"{changed[0]} and {len(changed) - 1} more leaves are not what was saved")
         self._manager.restore(step, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(data)))
-        return restored.state
+        return restored.state, restored.meta["interval"]
 
     def _set_aside(self, step: int) -> None:
         self._manager.close()

@@ -77,8 +77,8 @@ class TrainConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
-        if self.seed < 0:
-            raise UserError(f"seed is {self.seed}; it must be 0 or more")
+        if not 0 <= self.seed < 2**31:
+            raise UserError(f"seed is {self.seed}; it must lie in [0, 2**31)")
         if self.optimizer.warmup_steps > self.steps:
             raise UserError(
                 f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) is more than steps ({self.steps}); "

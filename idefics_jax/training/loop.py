@@ -25,6 +25,9 @@ from idefics_jax.training.progress import Halted, Progress
 from idefics_jax.training.run import Run, assemble
 from idefics_jax.training.writers import RunWriter
 
+# The settings of a run, in its work directory.
+RUN_FILE = "run.json"
+
 
 def train(config: TrainConfig, values: dict[str, Any], workdir: epath.Path) -> None:
     """Trains, or goes on with, the run in `workdir`, and leaves the trained model in `workdir/model`.
@@ -47,8 +50,10 @@ def train(config: TrainConfig, values: dict[str, Any], workdir: epath.Path) -> N
         )
         checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
         with contextlib.closing(data), contextlib.closing(checkpoints):
-            state, frozen = start(run, trainable, frozen, data, checkpoints, workdir)
-            state, done = steps(run, state, frozen, data, checkpoints, workdir)
+            state, frozen, interval = start(run, trainable, frozen, data, checkpoints, workdir)
+            record_run(values, workdir)
+            del trainable
+            state, done = steps(run, state, frozen, interval, data, checkpoints, workdir)
         if done:
             finish(run, state, frozen, workdir)
         else:
@@ -56,19 +61,17 @@ def train(config: TrainConfig, values: dict[str, Any], workdir: epath.Path) -> N
 
 
 def check_same_run(values: dict[str, Any], workdir: epath.Path) -> None:
-    """Writes the settings into a new work directory, or compares them with those of the run it holds.
+    """Compares the settings with those of the run that a work directory holds, if it holds one.
 
     Raises:
-      UserError: settings that change what is learnt differ.
+      UserError: `workdir` is a file, or settings that change what is learnt differ.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
-    path, values = workdir / "run.json", json.loads(json.dumps(values))
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir {workdir} is a file; give a folder, it is made if it is missing")
+    path = workdir / RUN_FILE
     if not path.exists():
-        aside = workdir / "run.json.tmp"
-        aside.write_text(json.dumps(values, indent=2))
-        aside.replace(path)
         return
-    lines = differences(json.loads(path.read_text()), values)
+    lines = differences(json.loads(path.read_text()), json.loads(json.dumps(values)))
     changed = [line for line in lines if line.split(":")[0] not in FREE_ON_RESUME]
     if changed:
         raise UserError(
@@ -77,32 +80,54 @@ def check_same_run(values: dict[str, Any], workdir: epath.Path) -> None:
         )
 
 
+def record_run(values: dict[str, Any], workdir: epath.Path) -> None:
+    """Keeps the settings beside a run; only once they have been used, so a refused start leaves nothing behind."""
+    aside = workdir / f"{RUN_FILE}.tmp"
+    aside.write_text(json.dumps(values, indent=2))
+    aside.replace(workdir / RUN_FILE)
+
+
 def start(
     run: Run, trainable: Any, frozen: Any, data: grain.DatasetIterator, checkpoints: Checkpoints, workdir: epath.Path
-) -> tuple[Any, Any]:
-    """Prints what trains, and returns state and frozen parameters: restored, with the data's position, or new."""
+) -> tuple[Any, Any, list[dict[str, float]]]:
+    """Prints what trains, and returns what the run goes on from.
+
+    Returns:
+      State and frozen parameters, restored, with the data's position, or new; and the metrics of the steps since the
+      last line of progress.
+    """
     shown = {**trainable, "params": combine(trainable.get("params", {}), frozen)}
     print(table(shown, trainable), flush=True)
-    state = checkpoints.restore(run.abstract_state, data)
-    if state is None:
+    restored = checkpoints.restore(run.abstract_state, data)
+    if restored is None:
         save_frozen(workdir, frozen)
         print(f"new run in {workdir}: {run.config.steps} steps", flush=True)
-        return run.new_state(trainable), frozen
+        return run.new_state(trainable), frozen, []
+    state, interval = restored
     print(f"resumed after step {int(state['step'])} from {checkpoints.path}", flush=True)
-    return state, load_frozen(workdir, run.abstract_frozen)
+    return state, load_frozen(workdir, run.abstract_frozen), interval
 
 
 def steps(
-    run: Run, state: Any, frozen: Any, data: grain.DatasetIterator, checkpoints: Checkpoints, workdir: epath.Path
+    run: Run,
+    state: Any,
+    frozen: Any,
+    interval: list[dict[str, float]],
+    data: grain.DatasetIterator,
+    checkpoints: Checkpoints,
+    workdir: epath.Path,
 ) -> tuple[Any, bool]:
     """Steps to the last step, or until a signal asks to stop; saves either way.
 
     Returns:
       The state, and whether the last step was reached.
+
+    Raises:
+      UserError: a step was not finite. Nothing is saved from it on.
     """
     config, step = run.config, int(state["step"])
     rate = make_schedule(config.optimizer, config.optimizer.learning_rate, config.steps)
-    progress = Progress(config.steps)
+    progress = Progress(config.steps, interval)
     with contextlib.closing(RunWriter(workdir, step)) as writer, stop_on_signal() as stopping:
         while step < config.steps and not stopping:
             asked = time.monotonic()
@@ -111,16 +136,23 @@ def steps(
             state, metrics = run.step(state, frozen, run.place(packed.arrays))
             progress.add(metrics, packed.documents, waited)
             step += 1
-            saving = step % config.checkpoint_every == 0 or step == config.steps
-            if step % config.log_every == 0 or saving:
-                try:
+            with naming_the_last_checkpoint(checkpoints):
+                if step % config.log_every == 0 or step == config.steps:
                     writer.write_scalars(step, progress.report(step, float(rate(step - 1)), packed.rejected))
-                except Halted as halted:
-                    raise halted_message(halted, checkpoints) from halted
-            if saving:
-                checkpoints.save(step, state, data)
-        checkpoints.save(step, state, data)
+                if step % config.checkpoint_every == 0:
+                    checkpoints.save(step, state, data, progress.interval())
+        with naming_the_last_checkpoint(checkpoints):
+            checkpoints.save(step, state, data, progress.interval())
     return state, step == config.steps
+
+
+@contextlib.contextmanager
+def naming_the_last_checkpoint(checkpoints: Checkpoints) -> Iterator[None]:
+    """Adds to the error of a halted run where it can be taken up again."""
+    try:
+        yield
+    except Halted as halted:
+        raise halted_message(halted, checkpoints) from halted
 
 
 def halted_message(halted: Halted, checkpoints: Checkpoints) -> UserError:

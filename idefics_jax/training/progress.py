@@ -1,6 +1,5 @@
 """What a run says about itself: one line an interval, the same numbers to the writer, and an end when they go bad."""
 
-import collections
 import functools
 import time
 from typing import Any
@@ -18,10 +17,12 @@ Interval = clu_metrics.Collection.create(**{name: clu_metrics.Average.from_outpu
 class Progress:
     """Collects the metrics of each step without waiting for them, and reads them once an interval."""
 
-    def __init__(self, steps: int):
+    def __init__(self, steps: int, interval: list[dict[str, float]]):
+        """Takes the last step, and the metrics of the steps since the last report before the run was stopped."""
         self._steps = steps
+        self._before = interval
         self._metrics: list[dict[str, jax.Array]] = []
-        self._documents: collections.deque[tuple[str, ...]] = collections.deque()
+        self._documents: list[tuple[str, ...]] = []
         self._data_wait = 0.0
         self._since = time.monotonic()
 
@@ -31,29 +32,40 @@ class Progress:
         self._documents.append(documents)
         self._data_wait += data_wait
 
+    def interval(self) -> list[dict[str, float]]:
+        """Waits for the metrics of the steps since the last report, and returns them.
+
+        Raises:
+          Halted: one of those steps had a loss or gradient that is not finite.
+        """
+        known = jax.device_get(self._metrics)
+        for metrics, documents in zip(known, self._documents, strict=True):
+            if int(metrics["halted_at"]) != RUNNING:
+                raise Halted(int(metrics["halted_at"]), float(metrics["loss"]), documents)
+        return self._before + [{name: float(value) for name, value in metrics.items()} for metrics in known]
+
     def report(self, step: int, learning_rate: float, rejected: dict[str, int]) -> dict[str, float]:
         """Waits for the interval's metrics, prints a line and returns the scalars to write.
 
         Raises:
-          Halted: a step of the interval had a loss or gradient that is not finite.
+          Halted: see `interval`.
         """
-        interval = jax.device_get(self._metrics)
-        for metrics, documents in zip(interval, self._documents, strict=True):
-            if int(metrics["halted_at"]) != RUNNING:
-                raise Halted(int(metrics["halted_at"]), float(metrics["loss"]), documents)
+        interval = self.interval()
         parts = [Interval.single_from_model_output(**{name: m[name] for name in AVERAGED}) for m in interval]
         means = {name: float(value) for name, value in functools.reduce(Interval.merge, parts).compute().items()}
         now = time.monotonic()
         seconds = now - self._since
+        fresh = interval[len(self._before) :]
         speed = {
-            "perf/steps_per_second": len(interval) / seconds,
-            "perf/tokens_per_second": sum(float(m["tokens"]) for m in interval) / seconds,
-            "perf/images_per_second": sum(float(m["images"]) for m in interval) / seconds,
+            "perf/steps_per_second": len(self._metrics) / seconds,
+            "perf/tokens_per_second": sum(m["tokens"] for m in fresh) / seconds,
+            "perf/images_per_second": sum(m["images"] for m in fresh) / seconds,
             "perf/data_wait": self._data_wait / seconds,
         }
         # By this interval's pace: the first one also compiled.
-        left = (self._steps - step) * seconds / len(interval)
+        left = (self._steps - step) * seconds / len(self._metrics)
         print(self._line(step, means, speed, left, sum(rejected.values())), flush=True)
+        self._before = []
         self._metrics.clear()
         self._documents.clear()
         self._data_wait, self._since = 0.0, now

@@ -36,7 +36,7 @@ def saved(tmp_path):
     checkpoints, iterator = Checkpoints(epath.Path(tmp_path), keep=3), data()
     for step in (1, 2, 3):
         next(iterator)
-        checkpoints.save(step, state(step), iterator)
+        checkpoints.save(step, state(step), iterator, [{"loss": 0.1 * step}])
     checkpoints.close()
     return epath.Path(tmp_path)
 
@@ -61,9 +61,10 @@ def restore(workdir):
 
 
 def test_the_newest_step_comes_back_with_the_datas_position(saved):
-    restored, element = restore(saved)
+    (restored, interval), element = restore(saved)
     jax.tree.map(np.testing.assert_array_equal, restored, state(3))
     assert element == 3
+    assert interval == [{"loss": 0.1 * 3}]
 
 
 def test_no_checkpoint_is_no_state(tmp_path):
@@ -72,7 +73,7 @@ def test_no_checkpoint_is_no_state(tmp_path):
 
 def test_a_flipped_bit_is_seen_and_the_step_before_is_used(saved):
     damage(saved, 3)
-    restored, element = restore(saved)
+    (restored, _), element = restore(saved)
     jax.tree.map(np.testing.assert_array_equal, restored, state(2))
     assert element == 2
     assert sorted(p.name for p in (saved / "checkpoints").iterdir() if "damaged" in p.name) == ["3.damaged"]
@@ -114,11 +115,11 @@ def test_a_full_disk_is_a_sentence_and_leaves_the_older_step(tmp_path):
         checkpoints = Checkpoints(epath.Path(sys.argv[1]), keep=2)
         data = iter(grain.MapDataset.range(100).to_iter_dataset())
         state = {"a": jnp.arange(50_000.0) ** 1.5}
-        checkpoints.save(1, state, data)
+        checkpoints.save(1, state, data, [])
         checkpoints.wait()
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
         try:
-            checkpoints.save(2, state, data)
+            checkpoints.save(2, state, data, [])
             checkpoints.wait()
         except UserError as error:
             print(error)

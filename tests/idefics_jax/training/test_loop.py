@@ -16,7 +16,8 @@ from idefics_jax.convert.orbax import load_model
 from idefics_jax.errors import UserError
 from idefics_jax.param_transforms import paths
 from idefics_jax.training.config import TrainConfig
-from idefics_jax.training.loop import check_same_run, train
+from idefics_jax.training.loop import RUN_FILE, check_same_run, record_run, train
+from idefics_jax.training.progress import Halted, Progress
 
 LEARNT = ("train/loss", "train/accuracy", "train/grad_norm", "train/token_fill", "train/patch_fill")
 
@@ -52,9 +53,7 @@ def test_sigterm_saves_and_going_on_is_bit_equal_to_never_having_stopped(values,
     stopped_at = max(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir())
     assert 2 <= stopped_at < 8
     lines, params = run(values, tmp_path / "run")
-    # The interval that the stop fell into was cut short: its line is a mean over fewer steps.
-    after = stopped_at + values["log_every"]
-    assert [line for line in lines if line["step"] >= after] == [x for x in unbroken[0] if x["step"] >= after]
+    assert lines == unbroken[0]
     for path, leaf in paths.flatten(params).items():
         np.testing.assert_array_equal(leaf, paths.flatten(unbroken[1])[path], err_msg=path)
 
@@ -103,6 +102,7 @@ def test_another_config_in_the_same_folder_is_refused_with_the_keys(tmp_path):
     workdir = epath.Path(tmp_path)
     old = {"steps": 10, "log_every": 5, "optimizer": {"learning_rate": 1e-3}}
     check_same_run(old, workdir)
+    record_run(old, workdir)
     check_same_run({**old, "log_every": 1}, workdir)
     with pytest.raises(UserError, match=r"other settings \(optimizer.learning_rate: 0.001 -> 0.1; steps: 10 -> 20\)"):
         check_same_run({"steps": 20, "log_every": 5, "optimizer": {"learning_rate": 0.1}}, workdir)
@@ -125,6 +125,22 @@ def test_another_config_in_the_same_folder_is_refused_with_the_keys(tmp_path):
 def test_settings_that_do_not_fit_are_refused(values, change, message, tmp_path):
     with pytest.raises(UserError, match=message):
         run({**values, **change}, tmp_path)
+    assert not (tmp_path / RUN_FILE).exists(), "a refused start leaves the folder free for the corrected command"
+
+
+def test_a_work_directory_that_is_a_file_is_refused(values, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file is a file; give a folder"):
+        run(values, tmp_path / "file")
+
+
+def test_an_interval_with_a_step_that_is_not_finite_is_never_handed_to_a_checkpoint():
+    progress = Progress(10, [{"loss": 1.0}])
+    progress.add({"loss": np.float32(2.0), "halted_at": np.int32(-1)}, ("a",), 0.0)
+    assert progress.interval() == [{"loss": 1.0}, {"loss": 2.0, "halted_at": -1.0}]
+    progress.add({"loss": np.float32("nan"), "halted_at": np.int32(3)}, ("b",), 0.0)
+    with pytest.raises(Halted, match="not finite at step 3 .*its documents: b"):
+        progress.interval()
 
 
 def test_a_model_that_does_not_fit_the_processor_is_refused(values, tmp_path):
