@@ -1,6 +1,7 @@
 """How every command starts and ends: flags, the config file, one-line errors, exit codes."""
 
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from ml_collections import ConfigDict, config_flags
 from idefics_jax.errors import UserError
 
 USAGE_ERROR = 2
+# What is wrong with a place, not with the program: full, over quota, read-only, forbidden, too large a file.
+PLACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR)
 
 
 def run(main: Callable[[], None], *, required: tuple[str, ...] = ()) -> None:
@@ -30,6 +33,11 @@ def run(main: Callable[[], None], *, required: tuple[str, ...] = ()) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        if error.errno not in PLACE_ERRORS:
+            raise
+        print(f"error: {error.filename}: {error.strerror}; free some space or choose another folder", file=sys.stderr)
+        sys.exit(USAGE_ERROR)
 
 
 def _parse(argv: list[str], required: tuple[str, ...]) -> None:
@@ -42,9 +50,12 @@ def _parse(argv: list[str], required: tuple[str, ...]) -> None:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
         raise UserError(str(error)) from error
-    except (KeyError, AttributeError, TypeError, ValueError, IndexError) as error:
-        # ml_collections reports a misspelt override with whatever exception its look-up raised.
-        raise UserError(f"the config or an override of it is wrong: {str(error).strip(chr(34) + chr(39))}") from error
+    except (ArithmeticError, AttributeError, ImportError, LookupError, NameError, SyntaxError, TypeError) as error:
+        # The config file is a program, and ml_collections reports a misspelt override by what its look-up raised.
+        said = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+        raise UserError(f"the config or an override of it is wrong: {said}") from error
+    except ValueError as error:
+        raise UserError(str(error)) from error
     if len(rest) > 1:
         raise UserError(f"argument {rest[1]!r} belongs to no flag; write it as --name=value")
     for name in required:

@@ -18,7 +18,7 @@ _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "most tokens of the
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 for the likeliest token, else sample")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "sample among the likeliest tokens that hold this probability")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "dtype of the arithmetic")
-_SEED = flags.DEFINE_integer("seed", 0, "of the sampling")
+_SEED = flags.DEFINE_integer("seed", 0, "of the sampling", lower_bound=0, upper_bound=2**31 - 1)
 
 
 def main() -> None:
