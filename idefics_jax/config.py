@@ -15,6 +15,7 @@ from etils import epath
 
 from idefics_jax.errors import UserError
 
+PARTS = ("vision_config", "perceiver_config", "text_config")
 # The decoder of a file that has no text_config at all, where it differs from Mistral's own defaults.
 DEFAULT_TEXT = {"max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "pad_token_id": 0}
 ACTIVATIONS = ("gelu_pytorch_tanh", "gelu", "silu", "relu")
@@ -67,6 +68,10 @@ class VisionConfig:
 
     def __post_init__(self):
         _check_part(self, "vision_config")
+        if self.image_size < self.patch_size:
+            raise ConfigError(
+                f"vision_config.image_size is {self.image_size}, less than patch_size ({self.patch_size})"
+            )
         _check_divides("vision_config", "hidden_size", "num_attention_heads", self)
 
     @property
@@ -179,7 +184,9 @@ class Idefics2Config:
         vision = _section(hf, "vision_config")
         if vision.get("num_channels", 3) != 3:
             raise ConfigError(f"vision_config.num_channels is {vision['num_channels']!r}; only 3 is supported")
-        top = {name: value for name, value in hf.items() if not name.endswith("_config")}
+        if hf.get("quantization_config"):
+            raise ConfigError("config.json has a quantization_config; only weights in float types are supported")
+        top = {name: value for name, value in hf.items() if name not in PARTS}
         return _read(
             cls,
             top,
@@ -225,10 +232,10 @@ class Idefics2Config:
         return cls.from_hf(hf)
 
 
-def _section(hf: Mapping[str, Any], name: str) -> dict[str, Any]:
+def _section(hf: Mapping[str, Any], name: str, of: str = "") -> dict[str, Any]:
     section = hf.get(name) or {}
     if not isinstance(section, Mapping):
-        raise ConfigError(f"{name} is {section!r}; it must be an object")
+        raise ConfigError(f"{of}{name} is {section!r}; it must be an object")
     return dict(section)
 
 
@@ -248,10 +255,13 @@ def _read_text(hf: Mapping[str, Any]) -> TextConfig:
     if hf.get("model_type", "mistral") != "mistral":
         raise ConfigError(f"text_config.model_type is {hf['model_type']!r}; supported is 'mistral'")
     for name in ("rope_parameters", "rope_scaling"):
-        rope = hf.get(name) or {}
+        rope = _section(hf, name, of="text_config.")
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
             raise ConfigError(f"text_config.{name} asks for {kind!r}; only 'default' rotary positions are supported")
+        other = sorted(set(rope) - {"rope_type", "type", "rope_theta"})
+        if other and not (other == ["partial_rotary_factor"] and rope["partial_rotary_factor"] in (1, None)):
+            raise ConfigError(f"text_config.{name}.{other[0]} is {rope[other[0]]!r}; it is not supported")
     theta = (hf.get("rope_parameters") or {}).get("rope_theta", hf.get("rope_theta", TextConfig.rope_theta))
     return _read(TextConfig, {**hf, "rope_theta": theta}, "text_config")
 
@@ -259,5 +269,5 @@ def _read_text(hf: Mapping[str, Any]) -> TextConfig:
 def _write(part: Any) -> dict[str, Any]:
     """Returns a part's own fields over those kept from its file."""
     fields = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
-    own = {name: value for name, value in fields.items() if name != "extra" and not name.endswith("_config")}
+    own = {name: value for name, value in fields.items() if name not in ("extra", *PARTS)}
     return {**part.extra, **own}

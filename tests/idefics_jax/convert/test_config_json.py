@@ -51,6 +51,7 @@ def test_every_field_is_kept(tmp_path, source):
 def test_unknown_fields_are_kept(tmp_path, source, section):
     given = copy.deepcopy(sources(tmp_path)[source])
     (given if section is None else given[section])["new_in_6_0"] = {"a": [1, None]}
+    given["audio_config"] = {"hidden_size": 3}
     assert_contains(Idefics2Config.from_hf(given).to_hf(), given)
 
 
@@ -95,6 +96,11 @@ REFUSED = [
     ("text_config.num_key_value_heads", 5, "num_key_value_heads"),
     ("text_config.num_hidden_layers", 0, "text_config.num_hidden_layers is 0"),
     ("text_config.rms_norm_eps", float("nan"), "text_config.rms_norm_eps is nan"),
+    ("text_config.rope_parameters", "x", "text_config.rope_parameters is 'x'"),
+    ("text_config.rope_parameters", {"rope_theta": 1e4, "partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+    ("text_config.rope_parameters", {"full_attention": {"rope_theta": 1e4}}, "full_attention is"),
+    ("vision_config.image_size", 10, "vision_config.image_size is 10, less than patch_size"),
+    ("quantization_config", {"load_in_4bit": True}, "quantization_config; only weights in float types"),
     ("vision_config.num_channels", 4, "vision_config.num_channels is 4"),
     ("vision_config.patch_size", "14", "vision_config.patch_size is '14'"),
     ("vision_config", 7, "vision_config is 7"),
