@@ -98,7 +98,7 @@ def image_patches(data: bytes, rules: ImageRules) -> list[np.ndarray]:
     Raises:
       RejectedImage: the gate refuses the image, or its pixels are damaged.
     """
-    image = _decode(data, rules)
+    image = decode(data, rules)
     patches = []
     for box in _pieces(*image.size, rules):
         piece = image.crop(box)
@@ -163,7 +163,7 @@ def _cut(pixels: np.ndarray, patch: int) -> np.ndarray:
     return grid.transpose(0, 2, 1, 3, 4).reshape(rows * columns, patch * patch * 3)
 
 
-def _decode(data: bytes, rules: ImageRules) -> PIL.Image.Image:
+def decode(data: bytes, rules: ImageRules) -> PIL.Image.Image:
     """Returns the upright RGB image."""
     image = image_gate.open_image(data, max_pixels=rules.max_pixels)
     turn = image_gate.transpose_of(image)

@@ -50,6 +50,8 @@ class EvalConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}; it must be at least 1")
+        if not 0 <= self.seed < 2**31:
+            raise UserError(f"seed is {self.seed}; it must lie in [0, 2**31)")
         if self.dtype not in ("float32", "bfloat16"):
             raise UserError(f"dtype is {self.dtype!r}; it must be float32 or bfloat16")
 
@@ -89,5 +91,5 @@ def evaluate(model: Any, config: EvalConfig, folder: epath.Path) -> dict[str, fl
     # A random sample: kinds of question may follow one another in any rhythm.
     shown = sorted(random.Random(config.seed).sample(range(len(questions)), min(len(questions), SHEET)))
     sheet = [(questions[index], given[index], scores[index]) for index in shown]
-    draw_contact_sheet(folder / "contact_sheet.png", *zip(*sheet, strict=True))
+    draw_contact_sheet(folder / "contact_sheet.png", model.processor.image_rules, *zip(*sheet, strict=True))
     return figures
