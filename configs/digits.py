@@ -12,6 +12,7 @@ The architecture is the paper's at a small size. Every value without another ori
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from idefics_jax.errors import UserError
 
@@ -29,7 +30,7 @@ def get_config(adaptation: str = "full") -> ConfigDict:
     config.seed = 0
     config.steps = 1500
     config.processor = f"{DATA}/processor"
-    config.init_from = None
+    config.init_from = placeholder(str)
     config.model = model()
     # A table as large as the features it is added to; latents that differ from the start.
     config.init_std = (
@@ -39,7 +40,7 @@ def get_config(adaptation: str = "full") -> ConfigDict:
     config.dtype = "float32"
     config.frozen_dtype = "float32"
     config.remat = "none"
-    config.loss_chunk = 128
+    config.loss_chunk = 256
     config.accumulation = 1
     config.partition = ((".*", "trainable"),)
     config.lora = ConfigDict()
@@ -131,12 +132,12 @@ def data() -> ConfigDict:
                 },
             },
             "shape": {
-                "rows": 8,
-                "tokens": 128,
+                "rows": 4,
+                "tokens": 256,
                 "vision_rows": 1,
                 # By the mix's patches and images a token: benchmarks/packing.py fills this row to 0.98 and 0.95.
-                "patches": 84,
-                "images": 12,
+                "patches": 168,
+                "images": 24,
                 "patch_dim": 3 * PATCH**2,
             },
             "lookahead": 128,

@@ -4,6 +4,7 @@ python -m idefics_jax.evaluate --checkpoint work/digits --config configs/eval/di
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def get_config() -> ConfigDict:
@@ -16,7 +17,7 @@ def get_config() -> ConfigDict:
     config.metric = "exact_match"
     config.rows = 60
     config.max_new_tokens = 16
-    config.limit = None
+    config.limit = placeholder(int)  # all of them
     config.dtype = "float32"
     config.seed = 0
     return config
