@@ -103,14 +103,6 @@ def generate(
         "cache": cache,
     }
 
-    def keep(state):
-        """Writes the chosen token of every living row; a stop token is the last one kept."""
-        token = jnp.where(state["alive"], state["token"], 0)
-        tokens = jax.lax.dynamic_update_slice_in_dim(state["tokens"], token[:, None], state["step"], axis=1)
-        stopped = jnp.isin(token, jnp.asarray(decoding.stop_ids, jnp.int32))
-        lengths = state["lengths"] + state["alive"]
-        return {**state, "tokens": tokens, "lengths": lengths, "alive": state["alive"] & ~stopped, "token": token}
-
     def step(state):
         position = state["position"] + 1
         one = {
@@ -120,13 +112,23 @@ def generate(
         }
         hidden, cache = model.apply(variables, one, state["cache"])
         count = state["step"] + 1
-        return keep({**state, "step": count, "token": next_token(hidden, count), "position": position, "cache": cache})
+        chosen = next_token(hidden, count)
+        return _keep({**state, "step": count, "token": chosen, "position": position, "cache": cache}, decoding)
 
     def going(state):
         return jnp.any(state["alive"]) & (state["step"] < decoding.max_new_tokens - 1)
 
-    end = jax.lax.while_loop(going, step, keep(start))
+    end = jax.lax.while_loop(going, step, _keep(start, decoding))
     return end["tokens"], end["lengths"]
+
+
+def _keep(state: dict[str, Any], decoding: Decoding) -> dict[str, Any]:
+    """Writes the chosen token of every living row; a stop token is the last one kept."""
+    token = jnp.where(state["alive"], state["token"], 0)
+    tokens = jax.lax.dynamic_update_slice_in_dim(state["tokens"], token[:, None], state["step"], axis=1)
+    stopped = jnp.isin(token, jnp.asarray(decoding.stop_ids, jnp.int32))
+    lengths = state["lengths"] + state["alive"]
+    return {**state, "tokens": tokens, "lengths": lengths, "alive": state["alive"] & ~stopped, "token": token}
 
 
 def _unrolled(model: Idefics2, variables: dict[str, Any], cache: Cache) -> tuple[Idefics2, dict[str, Any], Cache]:
