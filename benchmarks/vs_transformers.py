@@ -35,7 +35,7 @@ from idefics_jax.convert.hf import from_hf
 from idefics_jax.convert.rules import leaves
 from idefics_jax.inference.generate import Decoding, generate
 from idefics_jax.models.idefics2 import Idefics2
-from idefics_jax.param_transforms import lora, paths
+from idefics_jax.param_transforms import lora, partition, paths
 from idefics_jax.training.optimizer import OptimizerConfig, make_optimizer
 from idefics_jax.training.step import init_state, make_train_step
 
@@ -76,10 +76,10 @@ ADAMW = OptimizerConfig(
     warmup_steps=0,
     b1=0.9,
     b2=0.95,
-    weight_decay=0.05,
-    no_decay=(),
     clip_norm=1.0,
 )
+WEIGHT_DECAY = 0.05
+RULE = partition.Rule(".*", "trainable", 1.0, WEIGHT_DECAY)
 RANK, ALPHA = 16, 8.0
 LORA = [lora.LoraTarget(f"{part}/layers/.*", RANK, ALPHA) for part in ("vision_model/encoder", "text_model")]
 PEFT_TARGETS = r"model\.(vision_model\.encoder|text_model)\.layers\..*\.(\w+_proj|fc1|fc2)"
@@ -207,8 +207,11 @@ def training(
     """Steps of training: loss, gradients, clipping by global norm, AdamW."""
     batch = jax.device_put(ragged.packed(documents, RAGGED, model.config)[0])
     inputs = torch_inputs(documents, side="right")
-    optimizer = make_optimizer(ADAMW, trainable, steps=1000)
-    step = jax.jit(make_train_step(model, optimizer, spec, accumulation=1, chunk=RAGGED.tokens), donate_argnums=0)
+    chosen = dict.fromkeys([path for tree in trainable.values() for path in paths.flatten(tree)], RULE)
+    optimizer = make_optimizer(ADAMW, trainable, chosen, steps=1000)
+    step = jax.jit(
+        make_train_step(model, optimizer, spec, accumulation=1, chunk=RAGGED.tokens, seed=0), donate_argnums=0
+    )
     # Copied, as the step takes over its state's memory.
     state = jax.tree.map(jnp.copy, init_state(trainable, optimizer))
     losses: dict[str, list[float]] = {"ours": [], "theirs": []}
@@ -221,7 +224,7 @@ def training(
 
     trained = [x for x in hf.parameters() if x.requires_grad]
     betas = (ADAMW.b1, ADAMW.b2)
-    adamw = torch.optim.AdamW(trained, ADAMW.learning_rate, betas, weight_decay=ADAMW.weight_decay, fused=True)
+    adamw = torch.optim.AdamW(trained, ADAMW.learning_rate, betas, weight_decay=WEIGHT_DECAY, fused=True)
 
     def run(module):
         loss = module(**inputs, use_cache=False).loss
@@ -294,7 +297,7 @@ def measure() -> dict[str, Row]:
     rows["train"] = training(hf, model, {"params": params}, {}, (), documents)
     hf, _, params = build()
     hf = peft.get_peft_model(hf, peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=PEFT_TARGETS)).eval()
-    rows["lora"] = training(hf, model, {"lora": adapters(hf, config)}, params, LORA, documents)
+    rows["lora"] = training(hf, model, {"adapters": adapters(hf, config)}, params, LORA, documents)
     return rows
 
 

@@ -5,7 +5,7 @@
     python -m idefics_jax.train --config configs/digits.py:lora --workdir work/digits-lora
 
 The argument says how the pretrained parts (vision encoder and decoder) are adapted, as the paper's Table 3 does: `full`
-(the default), `lora`, or `frozen`. The connector is new and trains in full. `lora` and `frozen` start from the model
+(the default), `lora`, `dora`, or `frozen`. The connector is new and trains in full. All but `full` start from the model
 that `full` leaves in work/digits/model.
 
 The architecture is the paper's at a small size. Every value without another origin is our choice, found on this data.
@@ -20,7 +20,7 @@ DATA = "work/digits-data"
 PATCH = 14  # the released model's
 LATENTS = 4  # what data_pipelines.digits writes into the processor
 WIDTH = 64
-ADAPTATIONS = ("full", "lora", "frozen")
+ADAPTATIONS = ("full", "lora", "dora", "frozen")
 
 
 def get_config(adaptation: str = "full") -> ConfigDict:
@@ -42,8 +42,16 @@ def get_config(adaptation: str = "full") -> ConfigDict:
     config.remat = "none"
     config.loss_chunk = 256
     config.accumulation = 1
-    config.partition = ((".*", "trainable"),)
+    config.partition = (
+        # pattern, state, factor of the learning rate, weight decay
+        ("text_model/lm_head/kernel", "trainable", 1.0, 0.0),
+        (".*/kernel", "trainable", 1.0, 0.05),
+        (".*", "trainable", 1.0, 0.0),
+    )
+    config.quantize = ()
     config.lora = ConfigDict()
+    config.new_rows = 0
+    config.neftune_alpha = 0.0
     config.optimizer = optimizer()
     config.data = data()
     config.mesh = {"data": -1}
@@ -103,8 +111,6 @@ def optimizer() -> ConfigDict:
             "warmup_steps": 50,
             "b1": 0.9,
             "b2": 0.95,
-            "weight_decay": 0.05,
-            "no_decay": (),
             "clip_norm": 1.0,  # the authors' code
         }
     )
@@ -155,9 +161,16 @@ def adapt(config: ConfigDict, adaptation: str) -> None:
     config.init_from = "work/digits/model"
     config.model = ConfigDict()
     config.init_std = ()
-    config.partition = (("connector/.*", "trainable"), (".*", "frozen"))
+    connector = (
+        ("connector/.*/kernel", "trainable", 1.0, 0.05),
+        ("connector/.*", "trainable", 1.0, 0.0),
+    )
     config.optimizer.name = "adamw"
-    if adaptation == "lora":
-        # Rank 64 in the paper's runs at widths of 1152 and 4096; alpha below it, as in the authors' code.
-        config.lora.vision = {"pattern": "vision_model/encoder/.*", "rank": 8, "alpha": 4.0}
-        config.lora.text = {"pattern": "text_model/layers/.*", "rank": 8, "alpha": 4.0}
+    if adaptation == "frozen":
+        config.partition = (*connector, (".*", "frozen"))
+        return
+    config.partition = ((".*/lora_.*", "trainable", 1.0, 0.0), *connector, (".*", "frozen"))
+    # Rank 64 in the paper's runs at widths of 1152 and 4096; alpha below it, as in the authors' code.
+    adapter = {"rank": 8, "alpha": 4.0, "dropout": 0.0, "dora": adaptation == "dora", "init": "gaussian"}
+    config.lora.vision = {"pattern": "vision_model/encoder/.*", **adapter}
+    config.lora.text = {"pattern": "text_model/layers/.*", **adapter}

@@ -8,9 +8,11 @@ Dim letters, here and in every einsum of the package:
     E vision width     C numbers in a patch
 
 (`V` is also the number of vision rows of a batch.) Parameters keep the dtype they are given; the arithmetic of a
-product runs in the module's `dtype`, norms run in float32. A `Linear` adds the LoRA side path `(x @ A) @ B` when
-the `lora` collection holds adapters under its path: the frozen kernel's gradient is then never formed, and bf16
-does not swallow the adapter, as it does when it is merged into the kernel first.
+product runs in the module's `dtype`, norms run in float32.
+
+What adapts a layer lies in the `adapters` collection under the layer's path (param_transforms): LoRA and DoRA on a
+side path (side_path.py), so that the frozen kernel's gradient is never formed and bf16 does not swallow the adapter,
+as it does when it is merged into the kernel first; and `new_rows`, which stand for the last rows of a vocabulary.
 """
 
 from collections.abc import Callable
@@ -20,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from idefics_jax.sharding import constrain
+from idefics_jax.side_path import adapted
 
 Dtype = jnp.dtype
 Initializer = Callable[..., jax.Array]
@@ -34,6 +37,8 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 class Linear(nn.Module):
     """`x @ kernel (+ bias)`; kernel is [in, out] with the logical names `axes`.
+
+    A frozen kernel may be int8 with a `kernel_scale` [out] beside it (param_transforms.quantize).
 
     Attributes:
       features: size of the output.
@@ -53,12 +58,18 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.with_logical_partitioning(nn.initializers.normal(self.std), self.axes)
         kernel = self.param("kernel", init, (x.shape[-1], self.features))
+        scale = self.get_variable("params", "kernel_scale")
+        adapter = self.variables.get("adapters", {})
         x = x.astype(self.dtype)
         y = x @ kernel.astype(self.dtype)
-        if self.has_variable("lora", "lora_A"):
-            lora_a = self.get_variable("lora", "lora_A").astype(self.dtype)
-            lora_b = self.get_variable("lora", "lora_B").astype(self.dtype)
-            y = y + (x @ lora_a) @ lora_b
+        if scale is not None:
+            y = y * scale.astype(self.dtype)
+        if "lora_A" in adapter:
+            rng = self.make_rng("dropout") if self.has_rng("dropout") else None
+            y = adapted(x, y, kernel, scale, adapter, rng)
+        if "new_rows" in adapter:
+            new = x @ adapter["new_rows"].astype(self.dtype)
+            y = jax.lax.dynamic_update_slice_in_dim(y, new, self.features - new.shape[-1], axis=-1)
         if self.use_bias:
             init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
             y = y + self.param("bias", init, (self.features,)).astype(self.dtype)
@@ -82,7 +93,18 @@ class Embedding(nn.Module):
         # Rows are whole wherever they are looked up: a lookup in a table cut along its features makes XLA copy the
         # result to every device. In float32, so that the gradients of a frequent id are summed in it.
         table = constrain(self.embedding, (self.axes[0], None))
-        return jnp.take(table, ids, axis=0, mode="clip").astype(self.dtype)
+        x = jnp.take(table, ids, axis=0, mode="clip")
+        new = self.get_variable("adapters", "new_rows")
+        if new is not None:
+            first = self.size - new.shape[0]
+            # The rows below are looked up apart, so that no gradient of the table's own size is made for them.
+            x = jnp.where((ids >= first)[..., None], jnp.take(new, ids - first, axis=0, mode="clip"), x)
+        return x.astype(self.dtype)
+
+    def table(self) -> jax.Array:
+        """Returns the rows in use, new ones included: [size, features]."""
+        new = self.get_variable("adapters", "new_rows")
+        return self.embedding if new is None else self.embedding.at[self.size - new.shape[0] :].set(new)
 
 
 class RMSNorm(nn.Module):

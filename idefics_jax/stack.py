@@ -44,8 +44,8 @@ def stack(block: type[nn.Module], *, length: int, remat: str) -> type[nn.Module]
         block = nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=False)
     return nn.scan(
         block,
-        variable_axes={"params": 0, "lora": 0},
-        split_rngs={"params": True},
+        variable_axes={"params": 0, "adapters": 0},
+        split_rngs={"params": True, "dropout": True},
         in_axes=(nn.broadcast, 0),
         length=length,
         metadata_params={nn.PARTITION_NAME: "layers"},

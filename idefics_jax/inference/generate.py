@@ -72,7 +72,7 @@ def generate(
 
     Args:
       model: the module.
-      variables: {"params": ...}, with {"lora": scaled adapters} if there are any.
+      variables: {"params": ...}, with {"adapters": scaled adapters} if there are any.
       batch: prompts, left-padded; a row that is all padding stays empty.
       decoding: how to choose, when to end.
       rng: key; greedy decoding does not use it.

@@ -15,6 +15,7 @@ from idefics_jax.models.mistral import Mistral
 from idefics_jax.models.perceiver import PerceiverConnector
 from idefics_jax.models.siglip import Siglip
 from idefics_jax.sharding import constrain
+from idefics_jax.side_path import neftune
 
 
 def merge(x: jax.Array, latents: jax.Array, is_image: jax.Array) -> jax.Array:
@@ -42,12 +43,14 @@ class Idefics2(nn.Module):
       dtype: dtype of the arithmetic; parameters keep their own.
       remat: what the backward pass keeps, a name in stack.REMAT_POLICIES.
       unroll: whether the decoder's layers run unrolled, as generate does for a token at a time.
+      neftune_alpha: strength of the noise on embeddings, where the caller gives a "neftune" key; 0 for none.
     """
 
     config: Idefics2Config
     dtype: Dtype = jnp.float32
     remat: str = "none"
     unroll: bool = False
+    neftune_alpha: float = 0.0
 
     def setup(self):
         config = self.config
@@ -67,6 +70,8 @@ class Idefics2(nn.Module):
         x = self.text_model.embed(batch["tokens"])
         if "patches" in batch:
             x = merge(x, self.embed_images(batch), batch["tokens"] == self.config.image_token_id)
+        if self.neftune_alpha and self.has_rng("neftune"):
+            x = neftune(x, batch["segment_ids"], self.neftune_alpha, self.make_rng("neftune"))
         return constrain(x, ("act_batch", "act_length", "act_embed"))
 
     def __call__(self, batch: Batch, cache: Cache | None = None) -> tuple[jax.Array, Cache | None]:

@@ -130,5 +130,5 @@ class Mistral(nn.Module):
     def logits(self, x: jax.Array) -> jax.Array:
         """[..., D] -> float32 [..., V]."""
         if self.tie:
-            return x.astype(jnp.float32) @ self.embed_tokens.embedding.astype(jnp.float32).T
+            return x.astype(jnp.float32) @ self.embed_tokens.table().astype(jnp.float32).T
         return self.lm_head(x)

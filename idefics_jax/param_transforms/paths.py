@@ -29,6 +29,16 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
+def parent(path: str) -> str:
+    """Returns the path of the module a leaf belongs to."""
+    return path.rpartition("/")[0]
+
+
+def name(path: str) -> str:
+    """Returns a leaf's own name."""
+    return path.rpartition("/")[2]
+
+
 def map_paths(fn: Callable[[str, Any], Any], tree: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the tree with every leaf replaced by `fn(path, leaf)`."""
     return unflatten({path: fn(path, leaf) for path, leaf in flatten(tree).items()})

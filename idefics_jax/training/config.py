@@ -8,6 +8,7 @@ from data_pipelines.pipeline import DataConfig
 from idefics_jax import settings
 from idefics_jax.errors import UserError
 from idefics_jax.param_transforms.lora import LoraTarget
+from idefics_jax.param_transforms.partition import Rule
 from idefics_jax.sharding import RULES
 from idefics_jax.stack import REMAT_POLICIES
 from idefics_jax.training.optimizer import OptimizerConfig
@@ -33,8 +34,12 @@ class TrainConfig:
       remat: what the backward pass keeps, a name in stack.REMAT_POLICIES.
       loss_chunk: positions whose logits exist at once.
       accumulation: micro-batches a step.
-      partition: (pattern, "trainable" or "frozen"), the first match wins.
-      lora: adapters by a name of your choice.
+      partition: what trains and how: rows (pattern, "frozen") or (pattern, "trainable", factor of the learning rate,
+        weight decay); a pattern matches whole paths of parameters and adapters, the first match wins.
+      quantize: patterns of the module paths whose frozen kernels are held as int8.
+      lora: LoRA or DoRA adapters by a name of your choice.
+      new_rows: how many of the last vocabulary rows train, as adapters `new_rows`, beside their frozen tables.
+      neftune_alpha: strength of the noise on embeddings in training; 0 for none.
       optimizer: see OptimizerConfig.
       data: see data_pipelines.pipeline.DataConfig.
       mesh: size of each mesh axis, -1 for what is left.
@@ -55,8 +60,11 @@ class TrainConfig:
     remat: str
     loss_chunk: int
     accumulation: int
-    partition: tuple[tuple[str, str], ...]
+    partition: tuple[Rule, ...]
+    quantize: tuple[str, ...]
     lora: Mapping[str, LoraTarget]
+    new_rows: int
+    neftune_alpha: float
     optimizer: OptimizerConfig
     data: DataConfig
     mesh: Mapping[str, int]
@@ -92,6 +100,9 @@ class TrainConfig:
             raise UserError(
                 "give either model (sizes of a model to start at random) or init_from (a folder of weights)"
             )
+        for name in ("new_rows", "neftune_alpha"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be 0 or more")
         if any(std <= 0 for _, std in self.init_std):
             raise UserError(f"init_std holds {self.init_std}; every standard deviation must be positive")
 
@@ -100,12 +111,26 @@ class TrainConfig:
         """Builds the settings from what a config file returns.
 
         Stages and sources are groups there, so that `--config.data.stages.stage2.sources.mine.paths=...` reaches
-        them: stages run in the order of their names, and a source is called by its own.
+        them: stages run in the order of their names, and a source is called by its own. Rows of `partition` are tuples.
 
         Raises:
           UserError: see settings.build.
         """
-        return settings.build(cls, _in_order(values), "config")
+        values = _in_order(values)
+        if isinstance(values.get("partition"), (tuple, list)):
+            values["partition"] = tuple(_rule(row) for row in values["partition"])
+        return settings.build(cls, values, "config")
+
+
+def _rule(row: Any) -> Mapping[str, Any]:
+    """Names the columns of a row of `partition`; `settings.build` checks their values."""
+    names = ("pattern", "state", "lr_factor", "weight_decay")
+    if not isinstance(row, (tuple, list)) or len(row) != (2 if "frozen" in row else len(names)):
+        raise UserError(
+            f"config.partition has the row {row!r}; a row is (pattern, 'frozen') or (pattern, 'trainable', factor of "
+            "the learning rate, weight decay)"
+        )
+    return dict(zip(names, row, strict=False))
 
 
 def _in_order(values: Mapping[str, Any]) -> dict[str, Any]:

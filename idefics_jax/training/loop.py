@@ -15,7 +15,6 @@ from data_pipelines import pipeline
 from idefics_jax import sharding
 from idefics_jax.convert.orbax import save_model
 from idefics_jax.errors import UserError
-from idefics_jax.param_transforms.partition import combine, table
 from idefics_jax.settings import differences
 from idefics_jax.training.checkpoint import Checkpoints, load_frozen, save_frozen
 from idefics_jax.training.config import FREE_ON_RESUME, TrainConfig
@@ -96,8 +95,7 @@ def start(
       State and frozen parameters, restored, with the data's position, or new; and the metrics of the steps since the
       last line of progress.
     """
-    shown = {**trainable, "params": combine(trainable.get("params", {}), frozen)}
-    print(table(shown, trainable), flush=True)
+    print(run.table, flush=True)
     restored = checkpoints.restore(run.abstract_state, data)
     if restored is None:
         save_frozen(workdir, frozen)

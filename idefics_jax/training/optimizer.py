@@ -1,11 +1,17 @@
-"""The optimizer of a run, from its configuration: schedule, clipping, decay masks, AdamW or Muon."""
+"""The optimizer of a run, from its configuration: schedule, clipping, AdamW or Muon.
+
+Each row of the partition table has an AdamW or Muon of its own, at its own learning rate and decay.
+"""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
+import jax
 import optax
 
 from idefics_jax.param_transforms import paths
+from idefics_jax.param_transforms.partition import Rule
 
 SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw", "muon")
@@ -22,8 +28,6 @@ class OptimizerConfig:
       schedule: after the linear warm-up, "constant", or "linear" or "cosine" down to 0 at the last step.
       warmup_steps: length of the warm-up.
       b1, b2: decay of AdamW's moments.
-      weight_decay: decoupled decay.
-      no_decay: patterns of parameters without decay.
       clip_norm: largest global norm of the gradient.
     """
 
@@ -34,8 +38,6 @@ class OptimizerConfig:
     warmup_steps: int
     b1: float
     b2: float
-    weight_decay: float
-    no_decay: tuple[str, ...]
     clip_norm: float
 
     def __post_init__(self):
@@ -50,8 +52,6 @@ class OptimizerConfig:
         for field in ("b1", "b2"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"optimizer.{field} is {getattr(self, field)!r}; it must lie in [0, 1)")
-        if not 0 <= self.weight_decay < float("inf"):
-            raise ValueError(f"optimizer.weight_decay is {self.weight_decay!r}; it must be 0 or more")
         if self.warmup_steps < 0:
             raise ValueError(f"optimizer.warmup_steps is {self.warmup_steps!r}; it must be 0 or more")
 
@@ -68,40 +68,63 @@ def make_schedule(config: OptimizerConfig, peak: float, steps: int) -> optax.Sch
     return optax.join_schedules([warmup, decay], [config.warmup_steps])
 
 
-def make_optimizer(config: OptimizerConfig, trainable: Any, steps: int) -> optax.GradientTransformation:
-    """Builds the optimizer for a tree of trainable parameters (arrays or shapes).
+def make_optimizer(
+    config: OptimizerConfig, trainable: Mapping[str, Any], chosen: Mapping[str, Rule], steps: int
+) -> optax.GradientTransformation:
+    """Builds the optimizer of a run.
 
-    Raises:
-      ValueError: a `no_decay` pattern that matches no trainable parameter.
+    Args:
+      config: the settings.
+      trainable: {"params": ..., "adapters": ...}, as arrays or shapes.
+      chosen: {path: rule} from partition.choose.
+      steps: length of the run.
     """
-    flat = paths.flatten(trainable)
-    spared = paths.select(config.no_decay, flat, field="optimizer.no_decay")
-    decayed = paths.unflatten({path: path not in spared for path in flat})
-    adam_rate = make_schedule(config, config.learning_rate, steps)
+    rules = sorted({*chosen.values()}, key=lambda rule: rule.pattern)
+    # Numbers, as a checkpoint's folders are named after the labels and a pattern may hold a slash.
+    number = {rule.pattern: str(index) for index, rule in enumerate(rules)}
+    labels = {
+        part: paths.map_paths(lambda path, _: number[chosen[path].pattern], tree) for part, tree in trainable.items()
+    }
+    used = {*jax.tree.leaves(labels)}
+    updates = {number[rule.pattern]: _update(config, rule, steps) for rule in rules if number[rule.pattern] in used}
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.partition(updates, labels))
+
+
+def peak_rates(config: OptimizerConfig, trainable: Mapping[str, Any], chosen: Mapping[str, Rule]) -> dict[str, float]:
+    """Returns {path: peak learning rate} of every leaf that trains."""
+    flat = {path: leaf for tree in trainable.values() for path, leaf in paths.flatten(tree).items()}
+    rates = {True: config.muon_learning_rate, False: config.learning_rate}
+    return {
+        path: chosen[path].lr_factor * rates[config.name == "muon" and _is_matrix(path, leaf)]
+        for path, leaf in flat.items()
+    }
+
+
+def _update(config: OptimizerConfig, rule: Rule, steps: int) -> optax.GradientTransformation:
+    rate = make_schedule(config, rule.lr_factor * config.learning_rate, steps)
     if config.name == "adamw":
-        update = optax.adamw(adam_rate, config.b1, config.b2, weight_decay=config.weight_decay, mask=decayed)
-    else:
-        update = optax.contrib.muon(
-            make_schedule(config, config.muon_learning_rate, steps),
-            weight_decay=config.weight_decay,
-            weight_decay_mask=decayed,
-            adam_b1=config.b1,
-            adam_b2=config.b2,
-            adam_learning_rate=adam_rate,
-            muon_weight_dimension_numbers=_matrices(trainable),
-        )
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+        return optax.adamw(rate, config.b1, config.b2, weight_decay=rule.weight_decay)
+    return optax.contrib.muon(
+        make_schedule(config, rule.lr_factor * config.muon_learning_rate, steps),
+        weight_decay=rule.weight_decay,
+        adam_weight_decay=rule.weight_decay,
+        adam_b1=config.b1,
+        adam_b2=config.b2,
+        adam_learning_rate=rate,
+        muon_weight_dimension_numbers=_matrices,
+    )
+
+
+def _is_matrix(path: str, leaf: Any) -> bool:
+    """Whether Muon updates a leaf: a map between hidden states, as embedding tables, latents and the head are not."""
+    return leaf.ndim >= 2 and path.endswith(("kernel", "lora_A", "lora_B")) and "lm_head" not in path
 
 
 def _matrices(trainable: Any) -> Any:
-    """Returns Muon's reading of each leaf: the last two dims of a kernel or adapter; None for what AdamW updates.
+    """Returns Muon's reading of each leaf, its last two dims; None for what AdamW updates."""
 
-    Embedding tables, latents and the head are not maps between hidden states, and stay with AdamW.
-    """
-    is_matrix = optax.contrib.MuonDimensionNumbers
+    def of_leaf(path: tuple, leaf: Any):
+        mapped = _is_matrix("/".join(key.key for key in path), leaf)
+        return optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1) if mapped else None
 
-    def of_leaf(path: str, leaf: Any):
-        mapped = path.endswith(("kernel", "lora_A", "lora_B")) and "lm_head" not in path
-        return is_matrix(leaf.ndim - 2, leaf.ndim - 1) if mapped else None
-
-    return paths.map_paths(of_leaf, trainable)
+    return jax.tree_util.tree_map_with_path(of_leaf, trainable)

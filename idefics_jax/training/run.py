@@ -15,12 +15,12 @@ from idefics_jax.config import Idefics2Config
 from idefics_jax.errors import UserError
 from idefics_jax.model import find_model, load
 from idefics_jax.models.idefics2 import Idefics2
-from idefics_jax.param_transforms import lora, partition, paths
+from idefics_jax.param_transforms import lora, new_rows, partition, paths, quantize
 from idefics_jax.param_tree import abstract_params, boxed_params, probe_batch
 from idefics_jax.processor import Processor
 from idefics_jax.training.checkpoint import with_shardings
 from idefics_jax.training.config import TrainConfig
-from idefics_jax.training.optimizer import make_optimizer
+from idefics_jax.training.optimizer import make_optimizer, peak_rates
 from idefics_jax.training.step import init_state, make_train_step, state_axes
 
 
@@ -34,6 +34,7 @@ class Run:
       processor: tokenizer and image rules.
       mesh: where it runs.
       optimizer: the gradient transformation.
+      table: every leaf with its shape, dtype, state, learning rate and decay, as text.
       abstract_state, abstract_frozen: shapes and shardings, for a restore.
       step: jitted `(state, frozen, batch) -> (state, metrics)`; the state is donated.
     """
@@ -43,6 +44,7 @@ class Run:
     processor: Processor
     mesh: Mesh
     optimizer: optax.GradientTransformation
+    table: str
     abstract_state: dict[str, Any]
     abstract_frozen: dict[str, Any]
     step: Callable
@@ -60,9 +62,10 @@ class Run:
 
     def final_params(self, trainable: dict[str, Any], frozen: dict[str, Any]) -> dict[str, Any]:
         """Returns the parameters of the trained model: both parts joined, adapters merged in float32."""
-        joined = partition.combine(trainable.get("params", {}), frozen)
-        spec = tuple(self.config.lora.values())
-        return lora.merge(joined, trainable["lora"], spec) if "lora" in trainable else joined
+        params = partition.combine(trainable.get("params", {}), frozen)
+        params = quantize.dequantize(params, jnp.dtype(self.config.frozen_dtype))
+        adapters = trainable.get("adapters", {})
+        return new_rows.merge(lora.merge(params, adapters, tuple(self.config.lora.values())), adapters)
 
 
 def model_config(config: TrainConfig, processor: Processor) -> Idefics2Config:
@@ -125,46 +128,70 @@ def assemble(config: TrainConfig, mesh: Mesh) -> tuple[Run, dict[str, Any], dict
     processor = Processor.load(config.processor)
     sizes, rules = model_config(config, processor), sharding.RULES[config.sharding]
     shapes, axes = abstract_params(sizes)
-    places = sharding.tree_shardings(mesh, axes, rules)
+    model = Idefics2(sizes, dtype=jnp.dtype(config.dtype), remat=config.remat, neftune_alpha=config.neftune_alpha)
     spec = tuple(config.lora.values())
     try:
         if config.init_from:
             params = load(config.init_from, mesh=mesh, rules=rules).params
         else:
-            params = random_params(config, sizes, places)
-        base, frozen = partition.partition(params, config.partition)
-        adapters = lora.init(shapes, spec, jax.random.key(config.seed + 1)) if spec else {}
-        trainable = {name: tree for name, tree in (("params", base), ("lora", adapters)) if tree}
+            params = random_params(config, sizes, sharding.tree_shardings(mesh, axes, rules))
+        adapters, adapter_axes = make_adapters(config, params, axes, mesh)
+        chosen = partition.choose(params, adapters, config.partition)
+        base, frozen = partition.split(params, chosen)
+        trainable = {name: tree for name, tree in (("params", base), ("adapters", adapters)) if tree}
         if not trainable:
-            raise UserError("partition freezes everything and lora is empty: nothing would train")
-        optimizer = make_optimizer(config.optimizer, trainable, config.steps)
+            raise UserError("partition freezes everything and there are no adapters: nothing would train")
+        if adapters:
+            lora.assert_used(lambda tree: _traced_logits(model, shapes, tree), adapters)
+        frozen = quantize.cast(quantize.quantize(frozen, config.quantize), jnp.dtype(config.frozen_dtype))
     except ValueError as error:
         raise UserError(str(error)) from error
-    model = Idefics2(sizes, dtype=jnp.dtype(config.dtype), remat=config.remat)
-    if adapters:
-        lora.assert_used(lambda tree: _traced_logits(model, shapes, tree), adapters)
-    frozen = jax.tree.map(lambda x: x.astype(config.frozen_dtype), frozen)
+    optimizer = make_optimizer(config.optimizer, trainable, chosen, config.steps)
+    rates = peak_rates(config.optimizer, trainable, chosen)
     state_shapes = jax.eval_shape(lambda tree: init_state(tree, optimizer), trainable)
-    trainable_axes = {"params": _subtree(axes, base), "lora": lora.axes(axes, adapters)}
+    trainable_axes = {"params": _subtree(axes, base), "adapters": adapter_axes}
     state_places = sharding.tree_shardings(mesh, state_axes(state_shapes, trainable_axes), rules)
-    step = make_train_step(model, optimizer, spec, accumulation=config.accumulation, chunk=config.loss_chunk)
+    frozen_places = sharding.tree_shardings(mesh, quantize.axes(axes, frozen), rules)
+    step = make_train_step(
+        model, optimizer, spec, accumulation=config.accumulation, chunk=config.loss_chunk, seed=config.seed
+    )
     run = Run(
         config=config,
         model_config=sizes,
         processor=processor,
         mesh=mesh,
         optimizer=optimizer,
+        table=partition.table(partition.combine(base, frozen), adapters, chosen, rates),
         abstract_state=with_shardings(state_shapes, state_places),
-        abstract_frozen=with_shardings(frozen, _subtree(places, frozen)),
+        abstract_frozen=with_shardings(frozen, frozen_places),
         step=jax.jit(step, donate_argnums=0, out_shardings=(state_places, None)),
     )
     return run, trainable, frozen
 
 
+def make_adapters(
+    config: TrainConfig, params: dict[str, Any], axes: dict[str, Any], mesh: Mesh
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the run's adapters as they start, on the mesh, and their logical axes.
+
+    Raises:
+      ValueError: a target that matches nothing, or more new rows than there are.
+    """
+
+    def init(tree):
+        adapters = lora.init(tree, tuple(config.lora.values()), jax.random.key(config.seed + 1))
+        return adapters, new_rows.init(tree, config.new_rows) if config.new_rows else {}
+
+    lora_shapes, row_shapes = jax.eval_shape(init, params)
+    adapter_axes = partition.combine(lora.axes(axes, lora_shapes), new_rows.axes(row_shapes))
+    places = sharding.tree_shardings(mesh, adapter_axes, sharding.RULES[config.sharding])
+    return jax.jit(lambda tree: partition.combine(*init(tree)), out_shardings=places)(params), adapter_axes
+
+
 def _traced_logits(model: Idefics2, shapes: dict[str, Any], adapters: dict[str, Any]) -> jax.Array:
     """The model's logits as a function of the adapters alone, to be traced, never run."""
     params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return model.apply({"params": params, "lora": adapters}, probe_batch(model.config), method=Idefics2.full_logits)
+    return model.apply({"params": params, "adapters": adapters}, probe_batch(model.config), method=Idefics2.full_logits)
 
 
 def _subtree(tree: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The training step: one jitted function from state and batch to the next state.
 
-    state = {"trainable": {"params": ..., "lora": ...}, "opt_state": ..., "step": int32 [], "halted_at": int32 []}
+    state = {"trainable": {"params": ..., "adapters": ...}, "opt_state": ..., "step": int32 [], "halted_at": int32 []}
 
 (`trainable` holds only those of its two trees that have a leaf.) Trainable leaves are float32 masters; frozen
 parameters are an argument of their own and are never donated, copied or given optimizer state. A step whose loss or
@@ -28,14 +28,21 @@ RUNNING = -1
 def variables(trainable: dict[str, Any], frozen: dict[str, Any], spec: lora.LoraSpec) -> dict[str, Any]:
     """Returns the model's variables: parameters joined from both parts, and scaled adapters if there are any."""
     joined = {"params": combine(trainable.get("params", {}), frozen)}
-    if "lora" in trainable:
-        joined["lora"] = lora.scale(trainable["lora"], spec)
+    if "adapters" in trainable:
+        joined["adapters"] = lora.scale(trainable["adapters"], spec)
     return joined
 
 
-def batch_sums(model: Idefics2, model_variables: dict[str, Any], batch: Batch, *, chunk: int) -> dict[str, jax.Array]:
-    """Returns the float32 sums of losses.next_token_loss over a batch."""
-    hidden, _ = model.apply(model_variables, batch)
+def batch_sums(
+    model: Idefics2,
+    model_variables: dict[str, Any],
+    batch: Batch,
+    *,
+    chunk: int,
+    rngs: dict[str, jax.Array] | None = None,
+) -> dict[str, jax.Array]:
+    """Returns the float32 sums of losses.next_token_loss over a batch; `rngs` are the keys of training's noise."""
+    hidden, _ = model.apply(model_variables, batch, rngs=rngs)
 
     def logits(x):
         return model.apply(model_variables, x, method=Idefics2.logits)
@@ -50,6 +57,7 @@ def make_train_step(
     *,
     accumulation: int,
     chunk: int,
+    seed: int,
 ) -> Callable[[State, Any, Batch], tuple[State, dict[str, jax.Array]]]:
     """Builds `step(state, frozen, batch) -> (state, metrics)`, to be jitted with the state donated.
 
@@ -60,31 +68,39 @@ def make_train_step(
       accumulation: micro-batches a step; rows of the batch are dealt out to them. The loss is divided by the weight
         of the whole batch, so the result does not depend on this number beyond rounding.
       chunk: positions whose logits exist at once.
+      seed: of dropout and of the noise on embeddings; they depend on it and on the number of the step alone, so that a
+        resumed run repeats them.
 
     Returns:
       The step. Metrics are scalars: loss, accuracy, grad_norm, update_norm, halted_at, and those of batch_counts.
     """
 
-    def loss_fn(trainable, frozen, batch, total):
-        sums = batch_sums(model, variables(trainable, frozen, spec), batch, chunk=chunk)
+    def loss_fn(trainable, frozen, batch, total, rng):
+        model_variables = variables(trainable, frozen, spec)
+        if "adapters" in trainable:
+            model_variables["adapters"] = lora.with_dropout(model_variables["adapters"], spec)
+        dropout, neftune = jax.random.split(rng)
+        sums = batch_sums(model, model_variables, batch, chunk=chunk, rngs={"dropout": dropout, "neftune": neftune})
         return sums["loss"] / total, sums["correct"] / total
 
-    def gradients(trainable, frozen, batch):
+    def gradients(trainable, frozen, batch, rng):
         total = jnp.maximum(jnp.sum(batch["loss_weights"]), 1.0)
         grad = jax.value_and_grad(loss_fn, has_aux=True)
         if accumulation == 1:
-            return grad(trainable, frozen, batch, total)
+            return grad(trainable, frozen, batch, total, rng)
 
-        def add(carry, micro):
-            return jax.tree.map(jnp.add, carry, grad(trainable, frozen, micro, total)), None
+        def add(carry, inputs):
+            micro, micro_rng = inputs
+            return jax.tree.map(jnp.add, carry, grad(trainable, frozen, micro, total, micro_rng)), None
 
         # Row r goes to micro-batch r % accumulation: each keeps every device busy.
         micros = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
         zeros = ((jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, trainable))
-        return jax.lax.scan(add, zeros, micros)[0]
+        return jax.lax.scan(add, zeros, (micros, jax.random.split(rng, accumulation)))[0]
 
     def step(state: State, frozen: Any, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-        (loss, accuracy), grads = gradients(state["trainable"], frozen, batch)
+        rng = jax.random.fold_in(jax.random.key(seed), state["step"])
+        (loss, accuracy), grads = gradients(state["trainable"], frozen, batch, rng)
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["trainable"])
         grad_norm, update_norm = optax.tree.norm(grads), optax.tree.norm(updates)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)

@@ -31,7 +31,7 @@ def test_linear_is_torch_s():
 def test_an_adapter_is_added_beside_the_kernel():
     kernel, a, b, x = random(5, 7), random(5, 2, seed=1), random(2, 7, seed=2), random(3, 5, seed=3)
     linear = Linear(7, AXES, 1.0, jnp.float32)
-    ours = linear.apply({"params": {"kernel": kernel}, "lora": {"lora_A": a, "lora_B": b}}, x)
+    ours = linear.apply({"params": {"kernel": kernel}, "adapters": {"lora_A": a, "lora_B": b}}, x)
     np.testing.assert_allclose(ours, x @ (kernel + a @ b), rtol=LEAF, atol=LEAF)
 
 

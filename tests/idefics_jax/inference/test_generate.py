@@ -69,7 +69,7 @@ def test_unrolled_generation_is_the_scanned_one_with_adapters_too(twin, document
     batch = reference.batch([[document] for document in documents], side="left")
     unrolled = dataclasses.replace(GREEDY, unroll=True)
     results = []
-    for collections in ({}, {"lora": adapters}, {"lora": {"vision_model": adapters["vision_model"]}}):
+    for collections in ({}, {"adapters": adapters}, {"adapters": {"vision_model": adapters["vision_model"]}}):
         variables = {"params": twin.params, **collections}
         (scanned, _), (tokens, _) = (
             generate(twin.model, variables, batch, decoding, jax.random.key(0)) for decoding in (GREEDY, unrolled)

@@ -48,13 +48,13 @@ def test_fresh_adapters_change_nothing():
     params, batch = tiny.params(), tiny.batch(1)
     adapters = lora.scale(lora.init(params, SPEC, jax.random.key(0)), SPEC)
     plain = tiny.logits({"params": params}, batch)
-    assert jnp.array_equal(tiny.logits({"params": params, "lora": adapters}, batch), plain)
+    assert jnp.array_equal(tiny.logits({"params": params, "adapters": adapters}, batch), plain)
 
 
 def test_side_path_equals_merged_with_alpha_other_than_rank():
     params, batch = tiny.params(), tiny.batch(1)
     adapters = random_adapters(params)
-    side = tiny.logits({"params": params, "lora": lora.scale(adapters, SPEC)}, batch)
+    side = tiny.logits({"params": params, "adapters": lora.scale(adapters, SPEC)}, batch)
     merged = tiny.logits({"params": lora.merge(params, adapters, SPEC)}, batch)
     assert float(jnp.max(jnp.abs(side - tiny.logits({"params": params}, batch)))) > 0.1
     np.testing.assert_allclose(side, merged, atol=1e-5 * float(jnp.max(jnp.abs(merged))))
@@ -65,7 +65,7 @@ def test_gradient_of_the_side_path_is_that_of_the_merged_kernel():
     adapters = random_adapters(params)
 
     def through_side(tree):
-        return jnp.mean(tiny.logits({"params": params, "lora": lora.scale(tree, SPEC)}, batch) ** 2)
+        return jnp.mean(tiny.logits({"params": params, "adapters": lora.scale(tree, SPEC)}, batch) ** 2)
 
     def through_merge(tree):
         return jnp.mean(tiny.logits({"params": lora.merge(params, tree, SPEC)}, batch) ** 2)
@@ -105,7 +105,7 @@ def test_an_adapter_the_model_never_reads_is_an_error():
     adapters = lora.init(params, SPEC, jax.random.key(0))
 
     def run(tree):
-        return tiny.logits({"params": params, "lora": tree}, tiny.batch(0))
+        return tiny.logits({"params": params, "adapters": tree}, tiny.batch(0))
 
     lora.assert_used(run, adapters)
     stray = {

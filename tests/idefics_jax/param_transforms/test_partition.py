@@ -1,48 +1,83 @@
-"""partition: two trees that share no leaf and miss none."""
+"""partition: one table decides what trains and how; two trees that share no leaf and miss none."""
 
 import numpy as np
 import pytest
 
 from idefics_jax.param_transforms import partition
+from idefics_jax.param_transforms.partition import Rule, choose, split
 
 PARAMS = {"a": {"kernel": np.ones((2, 3)), "bias": np.ones(3)}, "b": {"kernel": np.ones((3, 3))}}
+ADAPTERS = {"b": {"lora_A": np.ones((3, 1)), "lora_B": np.ones((1, 3))}}
 
 
-def test_first_matching_rule_decides():
-    trainable, frozen = partition.partition(
-        PARAMS, ((r"a/kernel", "frozen"), (r"a/.*", "trainable"), (r".*", "frozen"))
-    )
-    assert list(trainable) == ["a"]
-    assert list(trainable["a"]) == ["bias"]
-    assert sorted(frozen) == ["a", "b"]
-    joined = partition.combine(trainable, frozen)
+def frozen(pattern):
+    return Rule(pattern, "frozen")
+
+
+def trainable(pattern, factor=1.0, decay=0.0):
+    return Rule(pattern, "trainable", factor, decay)
+
+
+def test_first_matching_row_decides():
+    chosen = choose(PARAMS, {}, (frozen("a/kernel"), trainable("a/.*"), frozen(".*")))
+    trained, kept = split(PARAMS, chosen)
+    assert list(trained) == ["a"]
+    assert list(trained["a"]) == ["bias"]
+    assert sorted(kept) == ["a", "b"]
+    joined = partition.combine(trained, kept)
     assert joined["a"]["kernel"] is PARAMS["a"]["kernel"]
     assert joined["b"]["kernel"] is PARAMS["b"]["kernel"]
+
+
+def test_rows_speak_of_adapters_by_the_paths_of_their_modules():
+    rules = (trainable("b/lora_A", 2.0, 0.1), trainable(".*/lora_.*"), frozen(".*"))
+    chosen = choose(PARAMS, ADAPTERS, rules)
+    assert chosen["b/lora_A"] is rules[0]
+    assert chosen["b/lora_B"] is rules[1]
+    assert chosen["b/kernel"] is rules[2]
 
 
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        ((("c/.*", "frozen"), (".*", "frozen")), "'c/.*' matches no parameter"),
-        (((".*", "frozen"), ("a/.*", "trainable")), "'a/.*' matches no parameter"),
-        ((("a/.*", "frozen"),), "no pattern matches 'b/kernel'"),
-        (((".*", "cold"),), "state 'cold'"),
-        ((("(", "frozen"),), "not a regular expression"),
-        ((("kernel", "frozen"), (".*", "frozen")), "'kernel' matches no parameter"),
+        ((frozen("c/.*"), frozen(".*")), r"'c/\.\*' matches no parameter"),
+        ((frozen(".*"), frozen("a/.*")), r"'a/\.\*' matches no parameter"),
+        ((trainable("a/.*"), trainable(".*lora.*")), "no pattern matches 'b/kernel'"),
+        ((frozen("("), frozen(".*")), "not a regular expression"),
+        ((frozen("kernel"), frozen(".*")), "'kernel' matches no parameter"),
+        ((frozen(".*"),), r"the row '\.\*' freezes the adapter 'b/lora_A'; put a 'trainable' row"),
+        ((trainable(".*"), frozen(".*")), "two rows have the same pattern"),
     ],
-    ids=["no-match", "shadowed", "leaf-missed", "unknown-state", "bad-regex", "whole-path"],
+    ids=["no-match", "shadowed", "leaf-missed", "bad-regex", "whole-path", "frozen-adapter", "twice"],
 )
-def test_bad_rules_are_named(rules, message):
-    with pytest.raises(ValueError, match=message.replace("(", r"\(").replace("*", r"\*")):
-        partition.partition(PARAMS, rules)
+def test_bad_tables_are_named(rules, message):
+    with pytest.raises(ValueError, match=message):
+        choose(PARAMS, ADAPTERS, rules)
 
 
-def test_table_lists_every_leaf_with_its_state():
-    trainable, _ = partition.partition(PARAMS, ((r"a/.*", "trainable"), (r".*", "frozen")))
-    lines = partition.table(PARAMS, trainable).splitlines()
-    assert [line.split() for line in lines[:-1]] == [
-        ["a/kernel", "2x3", "float64", "trainable"],
-        ["a/bias", "3", "float64", "trainable"],
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (("x", "cold"), "state 'cold'"),
+        (("x", "trainable", 0.0), "learning-rate factor of 'x' is 0.0"),
+        (("x", "trainable", float("nan")), "learning-rate factor of 'x' is nan"),
+        (("x", "trainable", 1.0, -0.1), "weight decay of 'x' is -0.1"),
+    ],
+)
+def test_impossible_rows_are_refused(row, message):
+    with pytest.raises(ValueError, match=message):
+        Rule(*row)
+
+
+def test_table_lists_every_leaf_with_state_rate_and_decay():
+    chosen = choose(PARAMS, ADAPTERS, (trainable("a/.*", 0.5, 0.1), trainable(".*/lora_.*"), frozen(".*")))
+    rates = {"a/kernel": 5e-4, "a/bias": 5e-4, "b/lora_A": 1e-3, "b/lora_B": 1e-3}
+    lines = partition.table(PARAMS, ADAPTERS, chosen, rates).splitlines()
+    assert [line.split() for line in lines[1:-1]] == [
+        ["a/kernel", "2x3", "float64", "trainable", "0.0005", "0.1"],
+        ["a/bias", "3", "float64", "trainable", "0.0005", "0.1"],
         ["b/kernel", "3x3", "float64", "frozen"],
+        ["b/lora_A", "3x1", "float64", "trainable", "0.001", "0"],
+        ["b/lora_B", "1x3", "float64", "trainable", "0.001", "0"],
     ]
-    assert lines[-1] == "18 parameters, 9 of them trainable"
+    assert lines[-1] == "24 parameters, 15 of them trainable"

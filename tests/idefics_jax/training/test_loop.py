@@ -87,7 +87,8 @@ def test_variants_start_from_a_model_and_keep_what_is_frozen(values, adaptation,
     start = tmp_path / "start"
     run({**values, "steps": 2, "checkpoint_every": 2}, start)
     values |= {"init_from": str(start), "model": {}, "init_std": (), "steps": 2}
-    values["partition"] = (("connector/.*", "trainable"), (".*", "frozen"))
+    adapters = ((".*/lora_.*", "trainable", 1.0, 0.0),) if adaptation == "lora" else ()
+    values["partition"] = (*adapters, ("connector/.*", "trainable", 1.0, 0.1), (".*", "frozen"))
     if adaptation == "lora":
         values["lora"] = {"text": {"pattern": "text_model/layers/.*", "rank": 2, "alpha": 4.0}}
     _, params = run(values, tmp_path / adaptation)
@@ -116,7 +117,7 @@ def test_another_config_in_the_same_folder_is_refused_with_the_keys(tmp_path):
         ({"remat": "some"}, "remat is 'some'"),
         ({"init_from": "x"}, "either model .* or init_from"),
         ({"accumulation": 3}, r"data.shape.rows \(4\) must be a multiple of accumulation \(3\)"),
-        ({"partition": (("nothing", "frozen"), (".*", "trainable"))}, "'nothing' matches no parameter"),
+        ({"partition": (("nothing", "frozen"), (".*", "trainable", 1.0, 0.0))}, "'nothing' matches no parameter"),
         ({"partition": ((".*", "frozen"),)}, "nothing would train"),
         ({"processor": "/nowhere"}, "/nowhere"),
         ({"mesh": {"rows": 2}}, "mesh axis 'rows' is unknown"),

@@ -1,4 +1,4 @@
-"""The optimizer: schedule, decay masks, Muon on matrices only, refusals."""
+"""The optimizer: schedule, a rate and a decay for each row of the table, Muon on matrices only, refusals."""
 
 import dataclasses
 
@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from idefics_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from idefics_jax.param_transforms import partition
+from idefics_jax.param_transforms.partition import Rule
+from idefics_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule, peak_rates
 
 CONFIG = OptimizerConfig(
     name="adamw",
@@ -17,11 +19,13 @@ CONFIG = OptimizerConfig(
     warmup_steps=4,
     b1=0.9,
     b2=0.95,
-    weight_decay=0.1,
-    no_decay=(".*bias",),
     clip_norm=1.0,
 )
-PARAMS = {"a": {"kernel": jnp.ones((2, 3, 4)), "bias": jnp.ones((4,))}, "lm_head": {"kernel": jnp.ones((4, 5))}}
+PARAMS = {
+    "params": {"a": {"kernel": jnp.ones((2, 3, 4)), "bias": jnp.ones((4,))}, "lm_head": {"kernel": jnp.ones((4, 5))}}
+}
+RULES = (Rule(".*/kernel", "trainable", 0.5, 0.1), Rule(".*", "trainable", 2.0, 0.0))
+CHOSEN = partition.choose(PARAMS["params"], {}, RULES)
 
 
 def test_schedule_warms_up_and_decays_to_zero():
@@ -29,23 +33,41 @@ def test_schedule_warms_up_and_decays_to_zero():
     np.testing.assert_allclose([rate(step) for step in (0, 2, 4, 8, 12)], [0.2, 0.6, 1.0, 0.5, 0.0], rtol=1e-6)
 
 
-def test_decay_spares_what_it_should():
-    optimizer = make_optimizer(CONFIG, PARAMS, 10)
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_each_row_of_the_table_has_its_own_rate_and_decay(name):
+    config = dataclasses.replace(CONFIG, name=name, warmup_steps=0, schedule="constant")
+    optimizer = make_optimizer(config, PARAMS, CHOSEN, 10)
     zeros = jax.tree.map(jnp.zeros_like, PARAMS)
-    updates, _ = optimizer.update(zeros, optimizer.init(PARAMS), PARAMS)
+    updates = optimizer.update(zeros, optimizer.init(PARAMS), PARAMS)[0]["params"]
+    rate = {"adamw": 0.5, "muon": 0.25}[name]
+    np.testing.assert_allclose(updates["a"]["kernel"], -0.1 * 0.5 * rate, rtol=1e-6)
     assert jnp.all(updates["a"]["bias"] == 0)
-    assert jnp.all(updates["a"]["kernel"] < 0)
+    once = partition.choose(PARAMS["params"], {}, (Rule(".*", "trainable", 1.0, 0.0),))
+    ones = jax.tree.map(jnp.ones_like, PARAMS)
+    first, wanted = (
+        tx.update(ones, tx.init(PARAMS), PARAMS)[0]["params"]["a"]["bias"]
+        for tx in (optimizer, make_optimizer(config, PARAMS, once, 10))
+    )
+    np.testing.assert_allclose(first, 2.0 * wanted, rtol=1e-6)
+
+
+def test_peak_rates_are_those_of_the_updates():
+    flat = peak_rates(CONFIG, PARAMS, CHOSEN)
+    assert flat == {"a/kernel": 0.25, "a/bias": 1.0, "lm_head/kernel": 0.25}
+    muon = peak_rates(dataclasses.replace(CONFIG, name="muon"), PARAMS, CHOSEN)
+    assert muon == {"a/kernel": 0.125, "a/bias": 1.0, "lm_head/kernel": 0.25}
 
 
 def test_muon_orthogonalises_each_layers_matrix():
-    config = dataclasses.replace(CONFIG, name="muon", weight_decay=0.0, warmup_steps=0, schedule="constant")
-    optimizer = make_optimizer(config, PARAMS, 10)
+    config = dataclasses.replace(CONFIG, name="muon", warmup_steps=0, schedule="constant")
+    chosen = partition.choose(PARAMS["params"], {}, (Rule(".*", "trainable", 1.0, 0.0),))
+    optimizer = make_optimizer(config, PARAMS, chosen, 10)
     grads = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape), PARAMS)
     updates, _ = optimizer.update(grads, optimizer.init(PARAMS), PARAMS)
-    for matrix in updates["a"]["kernel"]:
+    for matrix in updates["params"]["a"]["kernel"]:
         singular = np.linalg.svd(matrix, compute_uv=False)
         assert singular.max() / singular.min() < 2, "each layer's update is near orthogonal"
-    head = updates["lm_head"]["kernel"]
+    head = updates["params"]["lm_head"]["kernel"]
     np.testing.assert_allclose(np.abs(head), np.abs(head[0, 0]), rtol=1e-3, err_msg="Adam's first step is all signs")
 
 
@@ -56,15 +78,9 @@ def test_muon_orthogonalises_each_layers_matrix():
         ("schedule", "step", "optimizer.schedule is 'step'"),
         ("learning_rate", -1.0, "optimizer.learning_rate is -1.0"),
         ("b2", 1.0, "optimizer.b2 is 1.0"),
-        ("weight_decay", -0.1, "optimizer.weight_decay is -0.1"),
         ("warmup_steps", -1, "optimizer.warmup_steps is -1"),
     ],
 )
 def test_impossible_settings_are_refused(field, value, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIG, **{field: value})
-
-
-def test_a_decay_pattern_that_matches_nothing_is_an_error():
-    with pytest.raises(ValueError, match=r"optimizer.no_decay: '\.\*norm' matches no parameter"):
-        make_optimizer(dataclasses.replace(CONFIG, no_decay=(".*norm",)), PARAMS, 10)

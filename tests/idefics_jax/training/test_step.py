@@ -10,6 +10,7 @@ import pytest
 
 from idefics_jax.models.idefics2 import Idefics2
 from idefics_jax.param_transforms import lora, partition, paths
+from idefics_jax.param_transforms.partition import Rule
 from idefics_jax.training.optimizer import OptimizerConfig, make_optimizer
 from idefics_jax.training.step import init_state, make_train_step
 from tests.idefics_jax import tiny
@@ -22,25 +23,34 @@ OPTIMIZER = OptimizerConfig(
     warmup_steps=0,
     b1=0.9,
     b2=0.95,
-    weight_decay=0.1,
-    no_decay=(),
     clip_norm=1.0,
 )
 SPEC = (lora.LoraTarget(r"text_model/layers/self_attn/[qkvo]_proj", rank=2, alpha=4.0),)
+DORA = (lora.LoraTarget(r"text_model/layers/self_attn/[qkvo]_proj", rank=2, alpha=4.0, dropout=0.1, dora=True),)
+CONNECTOR, REST = Rule("connector/.*", "trainable", 1.0, 0.1), Rule(".*", "frozen")
+ADAPTERS = Rule(".*/lora_.*", "trainable", 1.0, 0.1)
 RULES = {
-    "full": (((".*", "trainable"),), ()),
-    "lora": ((("connector/.*", "trainable"), (".*", "frozen")), SPEC),
-    "frozen": ((("connector/.*", "trainable"), (".*", "frozen")), ()),
+    "full": ((Rule(".*", "trainable", 1.0, 0.1),), ()),
+    "lora": ((ADAPTERS, CONNECTOR, REST), SPEC),
+    "dora": ((ADAPTERS, CONNECTOR, REST), DORA),
+    "frozen": ((CONNECTOR, REST), ()),
 }
+
+
+def parts(variant: str):
+    """The trainable and frozen parts of a variant, its spec, and the rule of every leaf."""
+    rules, spec = RULES[variant]
+    adapters = lora.init(tiny.params(), spec, jax.random.key(0))
+    chosen = partition.choose(tiny.params(), adapters, rules)
+    base, frozen = partition.split(tiny.params(), chosen)
+    return {"params": base, **({"adapters": adapters} if spec else {})}, frozen, spec, chosen
 
 
 @functools.cache
 def setup(variant: str, accumulation: int, name: str = "adamw"):
-    rules, spec = RULES[variant]
-    base, frozen = partition.partition(tiny.params(), rules)
-    trainable = {"params": base, **({"lora": lora.init(tiny.params(), spec, jax.random.key(0))} if spec else {})}
-    optimizer = make_optimizer(OptimizerConfig(**{**vars(OPTIMIZER), "name": name}), trainable, 100)
-    step = jax.jit(make_train_step(tiny.MODEL, optimizer, spec, accumulation=accumulation, chunk=8))
+    trainable, frozen, spec, chosen = parts(variant)
+    optimizer = make_optimizer(OptimizerConfig(**{**vars(OPTIMIZER), "name": name}), trainable, chosen, 100)
+    step = jax.jit(make_train_step(tiny.MODEL, optimizer, spec, accumulation=accumulation, chunk=8, seed=0))
     return step, init_state(trainable, optimizer), frozen
 
 
@@ -53,10 +63,10 @@ def run(variant, steps, *, accumulation=1, name="adamw", batch=tiny.batch):
     return state, frozen, metrics
 
 
-@pytest.mark.parametrize("variant", ["lora", "frozen"])
+@pytest.mark.parametrize("variant", ["lora", "dora", "frozen"])
 def test_frozen_leaves_are_bit_identical_and_have_no_optimizer_state(variant):
     state, frozen, _ = run(variant, 3)
-    _, before = partition.partition(tiny.params(), RULES[variant][0])
+    _, before, _, _ = parts(variant)
     for path, leaf in paths.flatten(frozen).items():
         assert np.array_equal(leaf, paths.flatten(before)[path]), path
     trained = sum(leaf.size for leaf in jax.tree.leaves(state["trainable"]))
@@ -64,7 +74,9 @@ def test_frozen_leaves_are_bit_identical_and_have_no_optimizer_state(variant):
     assert moments == 2 * trained
 
 
-@pytest.mark.parametrize(("variant", "name"), [("lora", "adamw"), ("frozen", "adamw"), ("full", "muon")])
+@pytest.mark.parametrize(
+    ("variant", "name"), [("lora", "adamw"), ("dora", "adamw"), ("frozen", "adamw"), ("full", "muon")]
+)
 def test_every_trainable_leaf_moves_and_the_loss_falls(variant, name):
     state, _, metrics = run(variant, 12, name=name, batch=lambda _: tiny.batch(0))
     start = setup(variant, 1, name)[1]
@@ -75,16 +87,17 @@ def test_every_trainable_leaf_moves_and_the_loss_falls(variant, name):
 
 
 def test_bf16_arithmetic_keeps_float32_masters():
-    base, frozen = partition.partition(tiny.params(), RULES["lora"][0])
-    trainable = {"params": base, "lora": lora.init(tiny.params(), SPEC, jax.random.key(0))}
+    trainable, frozen, _, chosen = parts("lora")
     frozen = jax.tree.map(lambda x: x.astype(jnp.bfloat16), frozen)
-    optimizer = make_optimizer(OptimizerConfig(**{**vars(OPTIMIZER), "learning_rate": 1e-5}), trainable, 100)
+    optimizer = make_optimizer(OptimizerConfig(**{**vars(OPTIMIZER), "learning_rate": 1e-5}), trainable, chosen, 100)
     model = Idefics2(tiny.CONFIG, dtype=jnp.bfloat16)
-    step = jax.jit(make_train_step(model, optimizer, SPEC, accumulation=1, chunk=8))
+    step = jax.jit(make_train_step(model, optimizer, SPEC, accumulation=1, chunk=8, seed=0))
     state, metrics = step(init_state(trainable, optimizer), frozen, tiny.batch(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(state["trainable"])} == {jnp.dtype("float32")}
     kernel = state["trainable"]["params"]["connector"]["modality_projection"]["up_proj"]["kernel"]
-    moved = np.asarray(kernel) - np.asarray(base["connector"]["modality_projection"]["up_proj"]["kernel"])
+    moved = np.asarray(kernel) - np.asarray(
+        trainable["params"]["connector"]["modality_projection"]["up_proj"]["kernel"]
+    )
     assert 0 < np.abs(moved).max() < 1e-4, "an update that bf16 would have swallowed"
     wanted = run("lora", 1)[2][0]["loss"]
     np.testing.assert_allclose(metrics["loss"], wanted, rtol=2e-2)
