@@ -1,4 +1,6 @@
-"""LoRA: identity at B = 0, scaled by alpha / rank, merged equals the side path, nothing silently unused."""
+"""LoRA and DoRA: the base model at first, scaled by alpha / rank, merged equals the side path, nothing unused."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +20,19 @@ SPEC = (
 )
 
 
-def random_adapters(params):
-    adapters = lora.init(params, SPEC, jax.random.key(3))
-    return jax.tree.map(lambda x: 0.2 * jax.random.normal(jax.random.key(x.size), x.shape), adapters)
+# Both kinds on one model.
+DORA = (dataclasses.replace(SPEC[0], dora=True), SPEC[1], dataclasses.replace(SPEC[2], dora=True))
+both_kinds = pytest.mark.parametrize("spec", [SPEC, DORA], ids=["lora", "dora"])
+
+
+def random_adapters(params, spec):
+    adapters = lora.init(params, spec, jax.random.key(3))
+
+    def of_leaf(path, x):
+        noise = 0.2 * jax.random.normal(jax.random.key(x.size), x.shape)
+        return x + noise if path.endswith("magnitude") else noise
+
+    return paths.map_paths(of_leaf, adapters)
 
 
 def test_adapters_have_their_kernels_shapes_and_axes():
@@ -46,23 +58,27 @@ def test_adapters_have_their_kernels_shapes_and_axes():
 
 def test_fresh_adapters_change_nothing():
     params, batch = tiny.params(), tiny.batch(1)
-    adapters = lora.scale(lora.init(params, SPEC, jax.random.key(0)), SPEC)
     plain = tiny.logits({"params": params}, batch)
+    adapters = lora.scale(lora.init(params, SPEC, jax.random.key(0)), SPEC)
     assert jnp.array_equal(tiny.logits({"params": params, "adapters": adapters}, batch), plain)
+    adapters = lora.scale(lora.init(params, DORA, jax.random.key(0)), DORA)
+    # The norm that divides is not rounded as the magnitude that multiplies.
+    np.testing.assert_allclose(tiny.logits({"params": params, "adapters": adapters}, batch), plain, atol=1e-5)
 
 
-def test_side_path_equals_merged_with_alpha_other_than_rank():
+@both_kinds
+def test_side_path_equals_merged_with_alpha_other_than_rank(spec):
     params, batch = tiny.params(), tiny.batch(1)
-    adapters = random_adapters(params)
-    side = tiny.logits({"params": params, "adapters": lora.scale(adapters, SPEC)}, batch)
-    merged = tiny.logits({"params": lora.merge(params, adapters, SPEC)}, batch)
+    adapters = random_adapters(params, spec)
+    side = tiny.logits({"params": params, "adapters": lora.scale(adapters, spec)}, batch)
+    merged = tiny.logits({"params": lora.merge(params, adapters, spec)}, batch)
     assert float(jnp.max(jnp.abs(side - tiny.logits({"params": params}, batch)))) > 0.1
     np.testing.assert_allclose(side, merged, atol=1e-5 * float(jnp.max(jnp.abs(merged))))
 
 
 def test_gradient_of_the_side_path_is_that_of_the_merged_kernel():
     params, batch = tiny.params(), tiny.batch(1)
-    adapters = random_adapters(params)
+    adapters = random_adapters(params, SPEC)
 
     def through_side(tree):
         return jnp.mean(tiny.logits({"params": params, "adapters": lora.scale(tree, SPEC)}, batch) ** 2)
@@ -95,6 +111,54 @@ def test_equals_peft_on_the_same_linear():
     np.testing.assert_allclose(x @ np.asarray(merged["0"]["kernel"]), wanted, atol=1e-5)
 
 
+@both_kinds
+def test_unmerge_gives_the_base_back(spec):
+    params = tiny.params()
+    adapters = random_adapters(params, spec)
+    norms = lora.column_norms(params, adapters, spec)
+    back = lora.unmerge(lora.merge(params, adapters, spec), adapters, spec, norms)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), back, params)
+
+
+def test_unmerging_dora_without_its_norms_is_an_error():
+    params = tiny.params()
+    adapters = random_adapters(params, DORA)
+    with pytest.raises(ValueError, match="unmerging '.*' under DoRA needs its column_norms"):
+        lora.unmerge(lora.merge(params, adapters, DORA), adapters, DORA, {})
+
+
+def test_merged_kernels_keep_their_dtype_and_are_summed_in_float32():
+    params = {"x": {"kernel": jnp.full((2, 2), 256.0, jnp.bfloat16)}}
+    spec = (lora.LoraTarget("x", rank=2, alpha=2.0),)
+    adapters = {"x": {"lora_A": jnp.full((2, 2), 0.5), "lora_B": jnp.full((2, 2), 1.0)}}
+    kernel = lora.merge(params, adapters, spec)["x"]["kernel"]
+    assert kernel.dtype == jnp.bfloat16
+    # bf16 has steps of 2 here: 256 + 1 rounds to even only after the sum.
+    np.testing.assert_array_equal(kernel.astype(jnp.float32), np.float32(jnp.bfloat16(257.0)))
+
+
+def test_the_plan_of_adapters_needs_no_weights():
+    shapes = jax.eval_shape(tiny.raw_params)
+    plan = jax.eval_shape(lambda tree: lora.init(tree, DORA, jax.random.key(0)), shapes)
+    real = lora.init(tiny.raw_params(), DORA, jax.random.key(0))
+    jax.tree.map(lambda a, b: np.testing.assert_equal((a.shape, a.dtype), (b.shape, b.dtype)), plan, real)
+    axes = paths.flatten(lora.axes(sharding.logical_axes(tiny.boxed_params()), plan))
+    assert axes["text_model/layers/self_attn/q_proj/lora_magnitude"] == ("layers", "heads")
+
+
+def test_a_starts_as_asked_for():
+    params = {"x": {"kernel": jnp.zeros((400, 8))}}
+    start = {
+        name: np.asarray(
+            lora.init(params, (lora.LoraTarget("x", 50, 1.0, init=name),), jax.random.key(0))["x"]["lora_A"]
+        )
+        for name in lora.INITS
+    }
+    np.testing.assert_allclose(start["gaussian"].std(), 1 / 50, rtol=0.02)
+    assert 0.99 / 20 < np.abs(start["kaiming"]).max() <= 1 / 20
+    np.testing.assert_allclose(start["kaiming"].std(), 1 / 20 / np.sqrt(3), rtol=0.02)
+
+
 def test_every_target_must_match_a_kernel():
     with pytest.raises(ValueError, match="'text_model/layers/self_attn/qproj' matches no parameter"):
         lora.init(tiny.raw_params(), (lora.LoraTarget("text_model/layers/self_attn/qproj", 2, 2.0),), jax.random.key(0))
@@ -122,7 +186,10 @@ def test_merge_refuses_an_adapter_without_a_kernel():
         lora.merge(tiny.raw_params(), adapters, (lora.LoraTarget("gone", 1, 1.0),))
 
 
-@pytest.mark.parametrize(("rank", "alpha"), [(0, 1.0), (True, 1.0), (2, float("nan")), (2, -1.0)])
-def test_impossible_ranks_and_alphas_are_refused(rank, alpha):
-    with pytest.raises(ValueError, match="it must be a"):
-        lora.LoraTarget("x", rank, alpha)
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("rank", 0), ("rank", True), ("alpha", float("nan")), ("alpha", -1.0), ("dropout", 1.0), ("init", "zeros")],
+)
+def test_impossible_targets_are_refused(field, value):
+    with pytest.raises(ValueError, match=f"lora: {field} is .* for 'x'; it must "):
+        lora.LoraTarget(**{"pattern": "x", "rank": 2, "alpha": 1.0, field: value})

@@ -1,0 +1,103 @@
+"""DoRA on the side path: PEFT's values and gradients, column norms without the column; dropout; noise on embeddings."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from idefics_jax.layers import Linear
+from idefics_jax.side_path import column_norms, neftune
+
+SIZE_IN, SIZE_OUT, RANK, ALPHA = 7, 5, 2, 6.0
+LINEAR = Linear(SIZE_OUT, ("embed", "mlp"), 0.02, jnp.float32, use_bias=True)
+
+
+def draw(*shape, seed=0):
+    return np.random.default_rng((seed, *shape)).normal(size=shape).astype(np.float32)
+
+
+def reference():
+    """PEFT's DoRA on a linear layer, with random weights everywhere."""
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.Linear(SIZE_IN, SIZE_OUT))
+    model = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["0"], use_dora=True))
+    layer = model.base_model.model[0]
+    with torch.no_grad():
+        layer.lora_A["default"].weight.copy_(torch.from_numpy(draw(RANK, SIZE_IN)))
+        layer.lora_B["default"].weight.copy_(torch.from_numpy(draw(SIZE_OUT, RANK)))
+        layer.lora_magnitude_vector["default"].weight.data.mul_(torch.from_numpy(1 + 0.3 * draw(SIZE_OUT)))
+    return model, layer
+
+
+def ours(layer):
+    """The same weights as our variables: parameters, and adapters that are not yet scaled."""
+    params = {"kernel": layer.base_layer.weight.detach().numpy().T, "bias": layer.base_layer.bias.detach().numpy()}
+    adapters = {
+        "lora_A": layer.lora_A["default"].weight.detach().numpy().T,
+        "lora_B": layer.lora_B["default"].weight.detach().numpy().T,
+        "lora_magnitude": layer.lora_magnitude_vector["default"].weight.detach().numpy(),
+    }
+    return params, adapters
+
+
+def apply(params, adapters, x):
+    scaled = {**adapters, "lora_B": adapters["lora_B"] * (ALPHA / RANK)}
+    return LINEAR.apply({"params": params, "adapters": scaled}, x)
+
+
+def test_dora_equals_peft_in_value_and_in_every_gradient():
+    model, layer = reference()
+    params, adapters = ours(layer)
+    x, weight = draw(3, SIZE_IN), draw(3, SIZE_OUT)
+    inputs = torch.from_numpy(x).requires_grad_()
+    wanted = model(inputs)
+    (wanted * torch.from_numpy(weight)).sum().backward()
+    np.testing.assert_allclose(apply(params, adapters, x), wanted.detach(), atol=1e-5)
+
+    gradients, of_x = jax.grad(lambda tree, y: jnp.sum(apply(params, tree, y) * weight), argnums=(0, 1))(adapters, x)
+    np.testing.assert_allclose(of_x, inputs.grad, atol=1e-5)
+    np.testing.assert_allclose(gradients["lora_A"], layer.lora_A["default"].weight.grad.T, atol=1e-4)
+    np.testing.assert_allclose(gradients["lora_B"], layer.lora_B["default"].weight.grad.T, atol=1e-4)
+    magnitude = layer.lora_magnitude_vector["default"].weight.grad
+    np.testing.assert_allclose(gradients["lora_magnitude"], magnitude, atol=1e-4)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_column_norms_are_those_of_the_sum(quantized):
+    kernel = np.round(draw(SIZE_IN, SIZE_OUT) * 40).astype(np.int8) if quantized else draw(SIZE_IN, SIZE_OUT)
+    scale = np.abs(draw(SIZE_OUT)) * 0.1 if quantized else None
+    lora_a, lora_b = draw(SIZE_IN, RANK), draw(RANK, SIZE_OUT)
+    full = kernel * (1.0 if scale is None else scale) + lora_a @ lora_b
+    found = column_norms(kernel, scale, jnp.asarray(lora_a), jnp.asarray(lora_b))
+    np.testing.assert_allclose(found, np.linalg.norm(full, axis=0), rtol=1e-5)
+
+
+def test_dropout_drops_from_the_side_path_alone_and_keeps_its_mean():
+    kernel, x = np.zeros((SIZE_IN, SIZE_OUT), np.float32), np.ones((4000, SIZE_IN), np.float32)
+    adapter = {"lora_A": np.ones((SIZE_IN, 1), np.float32), "lora_B": np.ones((1, SIZE_OUT), np.float32)}
+    linear = Linear(SIZE_OUT, ("embed", "mlp"), 0.02, jnp.float32)
+
+    def run(rngs, rate):
+        leaves = {**adapter, "lora_dropout": np.float32(rate)}
+        return np.asarray(linear.apply({"params": {"kernel": kernel}, "adapters": leaves}, x, rngs=rngs))
+
+    np.testing.assert_array_equal(run(None, 0.25), np.full((4000, SIZE_OUT), SIZE_IN))
+    dropped = run({"dropout": jax.random.key(0)}, 0.25)[:, 0]
+    kept = dropped * 0.75
+    np.testing.assert_allclose(kept, np.round(kept), atol=1e-4, err_msg="each input is dropped whole or scaled up")
+    np.testing.assert_allclose(dropped.mean(), SIZE_IN, rtol=0.02)
+    np.testing.assert_allclose(kept.var(), SIZE_IN * 0.75 * 0.25, rtol=0.1)
+    assert np.array_equal(run({"dropout": jax.random.key(0)}, 0.25)[:, 0], dropped)
+    assert not np.array_equal(run({"dropout": jax.random.key(1)}, 0.25)[:, 0], dropped)
+
+
+def test_noise_has_the_width_of_its_own_document():
+    width, alpha = 64, 5.0
+    segments = np.zeros((2, 100), np.int32)
+    segments[0, :90], segments[0, 90:], segments[1, :10] = 1, 2, 1
+    noise = neftune(jnp.zeros((2, 100, width)), jnp.asarray(segments), alpha, jax.random.key(0))
+    for row, span, length in ((0, np.s_[:90], 90), (0, np.s_[90:], 10), (1, np.s_[:10], 10)):
+        bound = alpha / np.sqrt(length * width)
+        assert 0.95 * bound < np.abs(noise[row, span]).max() <= bound
