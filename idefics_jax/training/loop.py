@@ -22,6 +22,7 @@ from idefics_jax.training.curves import draw_curves
 from idefics_jax.training.optimizer import make_schedule
 from idefics_jax.training.progress import Halted, Progress
 from idefics_jax.training.run import Run, assemble
+from idefics_jax.training.summary import write_summary
 from idefics_jax.training.writers import RunWriter
 
 # The settings of a run, in its work directory.
@@ -164,9 +165,10 @@ def halted_message(halted: Halted, checkpoints: Checkpoints) -> UserError:
 
 
 def finish(run: Run, state: Any, frozen: Any, workdir: epath.Path) -> None:
-    """Writes the trained model and the loss curve."""
+    """Writes the trained model, the loss curve and what the run took."""
     save_model(workdir / "model", run.final_params(state["trainable"], frozen), run.model_config, run.processor)
     draw_curves(workdir)
+    write_summary(workdir, state["trainable"], frozen)
     print(f"trained: model in {workdir / 'model'}, loss curve in {workdir / 'loss.png'}", flush=True)
 
 

@@ -1,0 +1,45 @@
+"""What a finished run took, as one small JSON: for tables that compare runs."""
+
+import json
+import math
+import resource
+import statistics
+from typing import Any
+
+import jax
+from etils import epath
+
+from idefics_jax.training.writers import read_metrics
+
+SUMMARY_FILE = "summary.json"
+
+
+def write_summary(workdir: epath.Path, trainable: Any, frozen: Any) -> dict[str, float]:
+    """Writes `workdir/summary.json` and returns what it holds.
+
+    Args:
+      workdir: of the run, with its metrics.jsonl.
+      trainable: trained leaves, adapters included.
+      frozen: the others.
+
+    Returns:
+      "trained_parameters"; "parameters"; "step_seconds", the median over the intervals of progress but the first, which
+      compiles, NaN if there is no other; "host_memory_gib", the process's peak; "device_memory_gib", the fullest
+      device's peak, where the backend tells it.
+    """
+
+    def count(tree: Any) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+    rates = [line["perf/steps_per_second"] for line in read_metrics(workdir / "metrics.jsonl")][1:]
+    summary: dict[str, float] = {
+        "trained_parameters": count(trainable),
+        "parameters": count(trainable) + count(frozen),
+        "step_seconds": 1 / statistics.median(rates) if rates else math.nan,
+        "host_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }
+    known = [device.memory_stats() for device in jax.local_devices()]
+    if all(known):
+        summary["device_memory_gib"] = max(stats["peak_bytes_in_use"] for stats in known) / 2**30
+    (workdir / SUMMARY_FILE).write_text(json.dumps(summary, indent=1) + "\n")
+    return summary

@@ -1,0 +1,109 @@
+"""A run with every transform at once: it resumes to the bit, trains what its table says, gives back whole weights."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from idefics_jax import sharding
+from idefics_jax.convert.orbax import load_model
+from idefics_jax.param_transforms import paths
+from idefics_jax.training.config import TrainConfig
+from idefics_jax.training.loop import train
+from idefics_jax.training.run import assemble
+
+# The vocabulary is padded to 512; its control tokens begin at 400.
+NEW_ROWS = 112
+
+
+@pytest.fixture(scope="module")
+def start(small_values, tmp_path_factory):
+    folder = epath.Path(tmp_path_factory.mktemp("start"))
+    values = {**small_values, "steps": 2, "checkpoint_every": 2}
+    train(TrainConfig.from_config_dict(values), values, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def values(small_values, start):
+    adapter = {"rank": 2, "alpha": 8.0, "dropout": 0.2, "init": "kaiming"}
+    return {
+        **small_values,
+        "init_from": str(start),
+        "model": {},
+        "init_std": (),
+        "steps": 4,
+        "log_every": 1,
+        "checkpoint_every": 2,
+        "keep_checkpoints": 10,
+        "accumulation": 2,
+        "neftune_alpha": 5.0,
+        "new_rows": NEW_ROWS,
+        "quantize": ("text_model/layers/mlp/.*",),
+        "lora": {
+            "text": {"pattern": "text_model/layers/.*", "dora": True, **adapter},
+            "vision": {"pattern": "vision_model/encoder/.*", "dora": False, **adapter},
+        },
+        "partition": (
+            (".*/new_rows", "trainable", 0.1, 0.0),
+            (".*/lora_.*", "trainable", 1.0, 0.0),
+            ("connector/.*", "trainable", 0.5, 0.1),
+            (".*", "frozen"),
+        ),
+    }
+
+
+def run(values, workdir):
+    train(TrainConfig.from_config_dict(values), values, workdir)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["train/loss"]) for line in lines], paths.flatten(load_model(workdir / "model")[0])
+
+
+@pytest.fixture(scope="module")
+def whole(values, tmp_path_factory):
+    return run(values, epath.Path(tmp_path_factory.mktemp("whole")))
+
+
+def test_going_on_repeats_dropout_and_noise_to_the_bit(values, whole, tmp_path):
+    workdir = epath.Path(tmp_path / "run")
+    run(values, workdir)
+    for name in ("model", "checkpoints/4"):
+        (workdir / name).rmtree()
+    lines, params = run(values, workdir)
+    # The last two steps were run again, and written again.
+    assert lines[-2:] == whole[0][-2:]
+    for path, leaf in params.items():
+        np.testing.assert_array_equal(leaf, whole[1][path], err_msg=path)
+
+
+def test_what_the_table_freezes_is_the_base_and_old_rows_are_bit_identical(start, whole):
+    before, after = paths.flatten(load_model(start / "model")[0]), whole[1]
+    for path, leaf in before.items():
+        leaf, now = np.asarray(leaf), np.asarray(after[path])
+        if path in ("text_model/embed_tokens/embedding", "text_model/lm_head/kernel"):
+            old = np.s_[:-NEW_ROWS] if path.endswith("embedding") else np.s_[:, :-NEW_ROWS]
+            np.testing.assert_array_equal(now[old], leaf[old], err_msg=path)
+            assert not np.array_equal(now, leaf), path
+        else:
+            layers = path.startswith(("text_model/layers", "vision_model/encoder/layers"))
+            trained = path.startswith("connector/") or (layers and path.endswith("kernel"))
+            assert np.array_equal(now, leaf) != trained, path
+
+
+def test_the_start_prints_state_rate_and_dtype_of_every_leaf(values):
+    config = TrainConfig.from_config_dict(values)
+
+    mesh = sharding.make_mesh(config.mesh)
+    with sharding.use_mesh(mesh, sharding.RULES[config.sharding]):
+        run, trainable, frozen = assemble(config, mesh)
+    rows = {line.split()[0]: line.split()[2:] for line in run.table.splitlines()[1:-1]}
+    rate = config.optimizer.learning_rate
+    assert rows["text_model/layers/mlp/up_proj/kernel"] == ["int8", "frozen"]
+    assert rows["text_model/layers/mlp/up_proj/kernel_scale"] == ["float32", "frozen"]
+    assert rows["text_model/layers/mlp/up_proj/lora_magnitude"] == ["float32", "trainable", f"{rate:.3g}", "0"]
+    assert rows["connector/modality_projection/up_proj/kernel"][1:] == ["trainable", f"{rate / 2:.3g}", "0.1"]
+    assert rows["text_model/lm_head/new_rows"][1:] == ["trainable", f"{rate / 10:.3g}", "0"]
+    leaves = len(jax.tree.leaves(trainable)) + len(jax.tree.leaves(frozen))
+    assert len(rows) == leaves
