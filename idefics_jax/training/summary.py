@@ -1,7 +1,6 @@
 """What a finished run took, as one small JSON: for tables that compare runs."""
 
 import json
-import math
 import resource
 import statistics
 from typing import Any
@@ -23,19 +22,19 @@ def write_summary(workdir: epath.Path, trainable: Any, frozen: Any) -> dict[str,
       frozen: the others.
 
     Returns:
-      "trained_parameters"; "parameters"; "step_seconds", the median over the intervals of progress but the first, which
-      compiles, NaN if there is no other; "host_memory_gib", the process's peak; "device_memory_gib", the fullest
+      "trained_parameters"; "parameters"; "step_seconds", the median over the intervals of progress, without the first,
+      which compiles, if there is another; "host_memory_gib", the process's peak; "device_memory_gib", the fullest
       device's peak, where the backend tells it.
     """
 
     def count(tree: Any) -> int:
         return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
-    rates = [line["perf/steps_per_second"] for line in read_metrics(workdir / "metrics.jsonl")][1:]
+    rates = [line["perf/steps_per_second"] for line in read_metrics(workdir / "metrics.jsonl")]
     summary: dict[str, float] = {
         "trained_parameters": count(trainable),
         "parameters": count(trainable) + count(frozen),
-        "step_seconds": 1 / statistics.median(rates) if rates else math.nan,
+        "step_seconds": 1 / statistics.median(rates[1:] or rates),
         "host_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     }
     known = [device.memory_stats() for device in jax.local_devices()]
