@@ -25,6 +25,8 @@ from idefics_jax.sharding import RULES, make_mesh, use_mesh
 
 # Where training leaves its model in a work directory.
 MODEL_IN_WORKDIR = "model"
+# And the adapter of a run that has one, in PEFT's form.
+ADAPTER_IN_WORKDIR = "adapter"
 
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)

@@ -2,6 +2,8 @@
 
 python -m idefics_jax.convert from-hf HF_FOLDER MODEL_FOLDER
 python -m idefics_jax.convert to-hf MODEL_FOLDER_OR_WORKDIR HF_FOLDER
+python -m idefics_jax.convert to-peft WORKDIR PEFT_FOLDER
+python -m idefics_jax.convert from-peft PEFT_FOLDER BASE MODEL_FOLDER
 python -m idefics_jax.convert compare HF_FOLDER ANY_MODEL [--image FILE]... [--prompt TEXT] [--dtype bfloat16]
 python -m idefics_jax.convert inspect ANY_MODEL
 """
@@ -16,13 +18,15 @@ from absl import logging
 from etils import epath
 
 from idefics_jax.config import Idefics2Config
+from idefics_jax.convert import peft
 from idefics_jax.convert.compare import compare
 from idefics_jax.convert.hf import from_hf
 from idefics_jax.convert.hf_folder import SHARD_BYTES, HfFolder, read_generation_config, write_hf_folder
 from idefics_jax.convert.inspect import describe
 from idefics_jax.convert.orbax import is_model_folder, load_model, save_model
+from idefics_jax.convert.staging import staged
 from idefics_jax.errors import UserError
-from idefics_jax.model import find_model, load_processor
+from idefics_jax.model import ADAPTER_IN_WORKDIR, find_model, load, load_processor
 
 DIFFERS, USAGE_ERROR = 1, 2
 
@@ -57,6 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     new, trained = "folder to write", "model folder or work directory"
     command("from-hf", _from_hf, "Write a model folder.", source="Hugging Face folder", target=new)
     command("to-hf", _to_hf, "Write a Hugging Face folder.", source=trained, target=new)
+    command("to-peft", _to_peft, "Write the adapter of a run.", source="work directory of a run with lora", target=new)
+    base = "model it was trained on: Hugging Face folder, model folder or work directory"
+    command("from-peft", _from_peft, "Merge an adapter.", source="PEFT folder", base=base, target=new)
     command("inspect", _inspect, "Print a table of the weights.", source="any model")
     sub = command("compare", _compare, "Compare logits with transformers.", hf="Hugging Face folder", ours="any model")
     sub.add_argument("--image", action="append", default=[], help="image file shown before the prompt; may be repeated")
@@ -95,6 +102,33 @@ def _to_hf(options: argparse.Namespace) -> int:
         generation_config=read_generation_config(source),
         shard_bytes=SHARD_BYTES,
     )
+    print(f"wrote {options.target}")
+    return 0
+
+
+def _to_peft(options: argparse.Namespace) -> int:
+    source = epath.Path(options.source) / ADAPTER_IN_WORKDIR
+    if not source.is_dir():
+        raise UserError(
+            f"{source} is not there: the run is not finished, has no lora, or trained what PEFT cannot hold, as its "
+            "last lines say; to-hf exports the merged model"
+        )
+    with staged(options.target, replace=False) as folder:
+        for name in (peft.CONFIG, peft.WEIGHTS):
+            (source / name).copy(folder / name)
+    print(f"wrote {options.target}")
+    return 0
+
+
+def _from_peft(options: argparse.Namespace) -> int:
+    _on_cpu()
+    base = load(options.base)
+    adapter = peft.load_adapter(options.source, base.config)
+    if epath.Path(options.target).exists():
+        raise UserError(f"{options.target} is there already; choose another folder, or remove it first")
+    generation = read_generation_config(find_model(options.base))
+    merged = adapter.merge(base.params)
+    save_model(options.target, merged, base.config, base.processor, generation_config=generation)
     print(f"wrote {options.target}")
     return 0
 

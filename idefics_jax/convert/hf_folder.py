@@ -76,13 +76,18 @@ class HfFolder(Mapping):
         return len(self._tensors)
 
     def _open(self, path: epath.Path, promised: set[str] | None) -> None:
-        file = _open_file(path)
-        names = set(file.keys())
-        if promised is not None and names != promised:
+        tensors = open_safetensors(path)
+        if promised is not None and set(tensors) != promised:
             raise UserError(
-                f"{path} and {INDEX} disagree on {', '.join(sorted(names ^ promised))}; download both again"
+                f"{path} and {INDEX} disagree on {', '.join(sorted(set(tensors) ^ promised))}; download both again"
             )
-        self._tensors |= {name: LazyTensor(file, name, str(path)) for name in names}
+        self._tensors |= tensors
+
+
+def open_safetensors(path: epath.Path) -> dict[str, LazyTensor]:
+    """Returns the tensors of a file by name, each read when it is asked for; raises UserError if it is damaged."""
+    file = _open_file(path)
+    return {name: LazyTensor(file, name, str(path)) for name in file.keys()}  # noqa: SIM118 (it is no dict)
 
 
 def is_hf_folder(path: epath.Path) -> bool:

@@ -14,7 +14,10 @@ from etils import epath
 from data_pipelines import pipeline
 from idefics_jax import sharding
 from idefics_jax.convert.orbax import save_model
+from idefics_jax.convert.peft import save_adapter
 from idefics_jax.errors import UserError
+from idefics_jax.model import ADAPTER_IN_WORKDIR
+from idefics_jax.param_transforms.partition import combine
 from idefics_jax.settings import differences
 from idefics_jax.training.checkpoint import Checkpoints, load_frozen, save_frozen
 from idefics_jax.training.config import FREE_ON_RESUME, TrainConfig
@@ -165,11 +168,24 @@ def halted_message(halted: Halted, checkpoints: Checkpoints) -> UserError:
 
 
 def finish(run: Run, state: Any, frozen: Any, workdir: epath.Path) -> None:
-    """Writes the trained model, the loss curve and what the run took."""
+    """Writes the trained model, its adapter alone if it has one, the loss curve and what the run took."""
     save_model(workdir / "model", run.final_params(state["trainable"], frozen), run.model_config, run.processor)
     draw_curves(workdir)
     write_summary(workdir, state["trainable"], frozen)
+    if run.config.lora:
+        write_adapter(run, state["trainable"], frozen, workdir / ADAPTER_IN_WORKDIR)
     print(f"trained: model in {workdir / 'model'}, loss curve in {workdir / 'loss.png'}", flush=True)
+
+
+def write_adapter(run: Run, trainable: Any, frozen: Any, folder: epath.Path) -> None:
+    """Writes the adapter as a PEFT folder, or says why PEFT cannot hold what the run trained."""
+    trained = trainable.get("params", {})
+    spec, params = tuple(run.config.lora.values()), combine(trained, frozen)
+    try:
+        save_adapter(folder, trainable["adapters"], spec, trained, params, run.model_config, base=run.config.init_from)
+        print(f"adapter alone, in PEFT's form, in {folder}", flush=True)
+    except UserError as error:
+        print(f"no PEFT adapter was written: {error}", flush=True)
 
 
 @contextlib.contextmanager

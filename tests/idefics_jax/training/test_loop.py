@@ -12,6 +12,7 @@ import pytest
 from etils import epath
 
 from idefics_jax import commands
+from idefics_jax.convert.__main__ import main as convert
 from idefics_jax.convert.orbax import load_model
 from idefics_jax.errors import UserError
 from idefics_jax.param_transforms import paths
@@ -97,6 +98,18 @@ def test_variants_start_from_a_model_and_keep_what_is_frozen(values, adaptation,
     assert {path for path in moved if path.startswith("connector/")}
     adapted = {path for path in after if path.startswith("text_model/layers/") and path.endswith("kernel")}
     assert {path for path in moved if not path.startswith("connector/")} == (adapted if adaptation == "lora" else set())
+    if adaptation == "lora":
+        assert_adapter_alone_gives_the_model(tmp_path / adaptation, start, tmp_path, after)
+
+
+def assert_adapter_alone_gives_the_model(workdir, base, folder, wanted):
+    """The run's adapter, exported and merged into the model it started from, is the run's model."""
+    assert convert(["to-peft", str(workdir), str(folder / "peft")]) == 0
+    assert convert(["from-peft", str(folder / "peft"), str(base), str(folder / "back")]) == 0
+    back = paths.flatten(load_model(folder / "back")[0])
+    for path, leaf in wanted.items():
+        np.testing.assert_allclose(back[path], leaf, atol=1e-6, err_msg=path)
+    assert convert(["to-peft", str(base), str(folder / "none")]) == 2, "a run without lora has no adapter"
 
 
 def test_another_config_in_the_same_folder_is_refused_with_the_keys(tmp_path):

@@ -1,0 +1,236 @@
+"""Adapters to and from the real peft: equal logits both ways, equal gradients of DoRA, and refusals by name."""
+
+import json
+
+import jax
+import numpy as np
+import peft
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from idefics_jax.convert import hf
+from idefics_jax.convert.peft import CONFIG, PREFIX, WEIGHTS, load_adapter, save_adapter
+from idefics_jax.errors import UserError
+from idefics_jax.param_transforms import lora, new_rows, partition, paths
+from tests.idefics_jax import reference
+from tests.idefics_jax.reference import WHOLE, assert_close
+
+VOCAB = reference.VOCAB
+
+
+def spec(dora):
+    def target(pattern, rank, alpha):
+        return lora.LoraTarget(pattern, rank, alpha, dropout=0.1, dora=dora)
+
+    return (
+        target("text_model/layers/self_attn/[qkvo]_proj", 2, 6.0),
+        target("text_model/layers/mlp/.*", 3, 1.5),
+        target("vision_model/encoder/.*", 2, 6.0),
+        target("connector/perceiver_resampler/.*/q_proj", 1, 4.0),
+    )
+
+
+@pytest.fixture(scope="module")
+def documents():
+    rng = np.random.default_rng(0)
+    # Id 98 is one of the new rows; the others new are the image's own.
+    first = reference.document(rng, 5, (8, 12), 4)
+    first.tokens[-2] = 98
+    return [first, reference.document(rng, 7, (12, 8), (4, 4), 3)]
+
+
+def adapters_for(params, targets, rows=0):
+    made = lora.init(params, targets, jax.random.key(0))
+
+    def of_leaf(path, x):
+        noise = 0.2 * jax.random.normal(jax.random.key(x.size), x.shape)
+        return x * (1 + noise) if path.endswith("magnitude") else x + noise
+
+    made = paths.map_paths(of_leaf, made)
+    if not rows:
+        return made
+    return partition.combine(made, jax.tree.map(lambda x: x + 0.5, new_rows.init(params, rows)))
+
+
+def merged_logits(twin, params, documents):
+    batch = reference.batch([[document] for document in documents])
+    return reference.per_document(batch, reference.apply(twin.model, params, batch))
+
+
+def peft_logits(twin, folder, documents):
+    """The logits of the real peft with a folder's adapter on a fresh copy of the twin's reference."""
+    fresh = reference.twin()
+    model = peft.PeftModel.from_pretrained(fresh.hf, folder).eval()
+    inputs = reference.hf_inputs(documents)
+    with torch.no_grad():
+        logits = model(**inputs).logits.numpy()
+    return [row[mask == 1] for row, mask in zip(logits, inputs["attention_mask"].numpy(), strict=True)]
+
+
+@pytest.fixture(scope="module")
+def twin():
+    return reference.twin()
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_peft_loads_what_we_write_and_we_load_it_back(twin, documents, dora, tmp_path):
+    adapters = adapters_for(twin.params, spec(dora), rows=3)
+    save_adapter(tmp_path / "a", adapters, spec(dora), {}, twin.params, twin.config, base="somewhere")
+    merged = new_rows.merge(lora.merge(twin.params, adapters, spec(dora)), adapters)
+    ours = merged_logits(twin, merged, documents)
+    assert np.abs(ours[0] - merged_logits(twin, twin.params, documents)[0]).max() > 0.1
+    assert_close(ours, peft_logits(twin, tmp_path / "a", documents), WHOLE)
+
+    back = load_adapter(tmp_path / "a", twin.config)
+    for path, leaf in paths.flatten(adapters).items():
+        np.testing.assert_array_equal(paths.flatten(back.adapters)[path], leaf, err_msg=path)
+    assert len(paths.flatten(back.adapters)) == len(paths.flatten(adapters))
+    jax.tree.map(np.testing.assert_array_equal, back.merge(twin.params), merged)
+
+
+@pytest.mark.parametrize(("dora", "rslora"), [(False, True), (True, False)], ids=["rslora", "dora"])
+def test_we_load_what_peft_writes(twin, documents, dora, rslora, tmp_path):
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=3,
+        use_dora=dora,
+        use_rslora=rslora,
+        init_lora_weights=False,
+        target_modules=["q_proj", "down_proj", "fc1"],
+        rank_pattern={"down_proj": 2},
+        alpha_pattern={r"text_model\.layers\.\d+\.mlp\.down_proj": 7},
+        modules_to_save=["lm_head"],
+    )
+    model = peft.get_peft_model(reference.twin().hf, config).eval()
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight.mul_(1.5)
+    model.save_pretrained(tmp_path)
+    inputs = reference.hf_inputs(documents)
+    with torch.no_grad():
+        logits = model(**inputs).logits.numpy()
+    theirs = [row[mask == 1] for row, mask in zip(logits, inputs["attention_mask"].numpy(), strict=True)]
+    adapter = load_adapter(tmp_path, twin.config)
+    assert_close(merged_logits(twin, adapter.merge(twin.params), documents), theirs, WHOLE)
+
+
+def test_a_part_trained_in_full_is_saved_whole(twin, documents, tmp_path):
+    targets = spec(False)[:3]
+    adapters = adapters_for(twin.params, targets)
+    trained = {"connector": jax.tree.map(lambda x: 0.9 * x, twin.params["connector"])}
+    params = {**twin.params, **trained}
+    only_projection = {"connector": {"modality_projection": trained["connector"]["modality_projection"]}}
+    with pytest.raises(UserError, match="'text_model/norm/scale' trained .* no module that PEFT can save"):
+        save_adapter(
+            tmp_path, adapters, targets, {"text_model": {"norm": {"scale": 1}}}, params, twin.config, base=None
+        )
+    save_adapter(tmp_path / "a", adapters, targets, trained, params, twin.config, base=None)
+    ours = merged_logits(twin, lora.merge(params, adapters, targets), documents)
+    assert_close(ours, peft_logits(twin, tmp_path / "a", documents), WHOLE)
+    save_adapter(tmp_path / "b", adapters, targets, only_projection, params, twin.config, base=None)
+    saved = {name for name in load_file(tmp_path / "b" / WEIGHTS) if "lora" not in name}
+    assert saved == {f"{PREFIX}model.connector.modality_projection.{x}_proj.weight" for x in ("gate", "up", "down")}
+
+
+def test_gradients_of_dora_equal_pefts_through_the_whole_model(twin, documents, tmp_path):
+    targets = spec(True)
+    adapters = adapters_for(twin.params, targets)
+    save_adapter(tmp_path / "a", adapters, targets, {}, twin.params, twin.config, base=None)
+    model = peft.PeftModel.from_pretrained(reference.twin().hf, tmp_path / "a", is_trainable=True).eval()
+    inputs = reference.hf_inputs(documents)
+    logits = model(**inputs).logits
+    weight = torch.from_numpy(np.random.default_rng(1).normal(size=logits.shape).astype(np.float32))
+    (logits * weight * inputs["attention_mask"][..., None]).sum().backward()
+    grads = {
+        name.replace(".default", "").removesuffix(".weight" if "magnitude" in name else ""): x.grad.numpy()
+        for name, x in model.named_parameters()
+        if x.requires_grad
+    }
+    save_file({name: np.ascontiguousarray(grad) for name, grad in grads.items()}, tmp_path / "a" / WEIGHTS)
+    theirs = paths.flatten(load_adapter(tmp_path / "a", twin.config).adapters)
+
+    batch = reference.batch([[document] for document in documents])
+    weights = np.zeros((*batch["tokens"].shape, VOCAB), np.float32)
+    for row, document in enumerate(documents):
+        weights[row, : len(document.tokens)] = weight[row, : len(document.tokens)]
+
+    def value(tree):
+        variables = {"params": twin.params, "adapters": lora.scale(tree, targets)}
+        return jax.numpy.sum(twin.model.apply(variables, batch, method="full_logits") * weights)
+
+    for path, grad in paths.flatten(reference.jit(jax.grad(value))(adapters)).items():
+        np.testing.assert_allclose(grad, theirs[path], atol=1e-4 * np.abs(theirs[path]).max(), err_msg=path)
+
+
+def change_settings(folder, **changes):
+    settings = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**settings, **changes}))
+
+
+def change_tensors(folder, change):
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+Q = f"{PREFIX}model.text_model.layers.1.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: change_settings(f, peft_type="IA3"), "peft_type is 'IA3'; only LORA"),
+        (lambda f: change_settings(f, bias="all"), "bias is 'all', which is not supported"),
+        (lambda f: change_settings(f, use_qalora=True), "use_qalora is True, which is not supported"),
+        (lambda f: change_settings(f, r=0), "r is 0; it must be a positive number"),
+        (lambda f: (f / CONFIG).write_text("{"), "cannot be read as JSON"),
+        (lambda f: (f / WEIGHTS).unlink(), "has no adapter_model.safetensors; .*pickles are not read"),
+        (lambda f: change_tensors(f, lambda t: t.pop(f"{Q}.lora_B.weight")), "lacks .*layers.1.*q_proj.lora_B.weight"),
+        (
+            lambda f: change_tensors(f, lambda t: t.update({f"{Q}.lora_B.weight": np.zeros((3, 2), np.float32)})),
+            r"q_proj.lora_B.weight is \[3, 2\] and should be \[48, 2\]",
+        ),
+        (
+            lambda f: change_tensors(f, lambda t: t.update(stray=np.zeros(1, np.float32))),
+            "1 tensors that belong to no module of this model, or to part of one: stray",
+        ),
+        (
+            lambda f: change_settings(f, trainable_token_indices={"embed_tokens": [1, 2, 3], "lm_head": [96, 97, 98]}),
+            r"embed_tokens are \[1, 2, 3\]; only the last rows, \[96, 97, 98\]",
+        ),
+    ],
+)
+def test_a_folder_that_is_not_right_is_named(twin, damage, message, tmp_path):
+    targets = spec(False)
+    save_adapter(tmp_path / "a", adapters_for(twin.params, targets, 3), targets, {}, twin.params, twin.config, base="")
+    damage(tmp_path / "a")
+    with pytest.raises(UserError, match=message):
+        load_adapter(tmp_path / "a", twin.config)
+
+
+def test_what_peft_has_no_words_for_is_refused_by_name(twin, tmp_path):
+    mixed = (spec(True)[0], spec(False)[1])
+    head = (lora.LoraTarget("text_model/lm_head", 2, 1.0),)
+    patches = (lora.LoraTarget("vision_model/embeddings/.*", 2, 1.0),)
+    for targets, rows, message in (
+        (mixed, 0, "some adapters are DoRA and some are not"),
+        (head, 3, "'text_model/lm_head' has both new rows and LoRA"),
+        (patches, 0, "'vision_model/embeddings/patch_embedding' is on a convolution"),
+        ((), 3, "there are no LoRA adapters"),
+    ):
+        adapters = adapters_for(twin.params, targets, rows)
+        with pytest.raises(UserError, match=message):
+            save_adapter(tmp_path / "a", adapters, targets, {}, twin.params, twin.config, base=None)
+        assert not (tmp_path / "a").exists()
+
+
+def test_layers_without_an_adapter_get_one_that_adds_nothing(twin, documents, tmp_path):
+    targets = spec(False)[:2]
+    save_adapter(tmp_path, adapters_for(twin.params, targets), targets, {}, twin.params, twin.config, base=None)
+    change_tensors(tmp_path, lambda t: [t.pop(name) for name in list(t) if ".layers.0." in name])
+    adapter = load_adapter(tmp_path, twin.config)
+    ours = merged_logits(twin, adapter.merge(twin.params), documents)
+    assert hf.to_hf(adapter.merge(twin.params), twin.config).keys() == hf.to_hf(twin.params, twin.config).keys()
+    regex = json.loads((tmp_path / CONFIG).read_text())["target_modules"]
+    change_settings(tmp_path, target_modules=regex.replace(r"\d+", "1"))
+    assert_close(ours, peft_logits(twin, tmp_path, documents), WHOLE)
