@@ -219,17 +219,22 @@ class Idefics2Config:
         Raises:
           ConfigError: it is missing, is not JSON, or `from_hf` refuses it.
         """
-        path = epath.Path(path)
-        path = path / "config.json" if path.is_dir() else path
-        if not path.exists():
-            raise ConfigError(f"{path} does not exist; give a folder that holds a Hugging Face config.json")
-        try:
-            hf = json.loads(path.read_text())
-        except ValueError as error:
-            raise ConfigError(f"{path} is not JSON ({error}); download it again") from error
-        if not isinstance(hf, dict):
-            raise ConfigError(f"{path} holds a {type(hf).__name__}; a config.json holds one object")
-        return cls.from_hf(hf)
+        return cls.from_hf(read_json(path))
+
+
+def read_json(path: epath.PathLike) -> dict[str, Any]:
+    """Returns what a `config.json` holds, or the one in the folder `path`; raises ConfigError if it is none."""
+    path = epath.Path(path)
+    path = path / "config.json" if path.is_dir() else path
+    if not path.exists():
+        raise ConfigError(f"{path} does not exist; give a folder that holds a Hugging Face config.json")
+    try:
+        hf = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON ({error}); download it again") from error
+    if not isinstance(hf, dict):
+        raise ConfigError(f"{path} holds a {type(hf).__name__}; a config.json holds one object")
+    return hf
 
 
 def _section(hf: Mapping[str, Any], name: str, of: str = "") -> dict[str, Any]:

@@ -34,9 +34,14 @@ def from_hf(tensors: Mapping[str, Any], config: Idefics2Config) -> dict[str, Any
     return unflatten(dict(iter_from_hf(tensors, config)))
 
 
-def iter_from_hf(tensors: Mapping[str, Any], config: Idefics2Config) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields ("a/b/c", array) of `from_hf` one leaf at a time, for a caller with no room for a second copy."""
-    wanted = leaves(config)
+def iter_from_hf(
+    tensors: Mapping[str, Any], config: Idefics2Config, *, part: str = ""
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields ("a/b/c", array) of `from_hf` one leaf at a time, for a caller with no room for a second copy.
+
+    With a `part` ("vision_model"), the tensors are that part's alone, and so is what comes of them.
+    """
+    wanted = [leaf for leaf in leaves(config) if not part or leaf.rule.ours.startswith(f"{part}/")]
     tied = config.tie_word_embeddings and HEAD in tensors
     _check_names({name for leaf in wanted for name in leaf.names}, set(tensors) - ({HEAD} if tied else set()))
     _check_shapes((name, tuple(tensors[name].shape), leaf.hf_shape) for leaf in wanted for name in leaf.names)
