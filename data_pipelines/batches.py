@@ -1,9 +1,9 @@
 """Documents into batches: encode, pack, decode, each a step on Grain's iterators.
 
-What waits to be packed is known by its index in the endless sequence of documents, so the whole position of the
-pipeline is a handful of integers: where reading stands, and the indices in the pool. Restoring reads the pool's
-documents again and goes on to the bit. A state has the same fields of the same types throughout, as Grain asks: what
-varies in length is text.
+What waits to be packed is known by its index in the endless sequence of rows, and by its number among the pieces of
+one that was cut, so the whole position of the pipeline is a handful of integers: where reading stands, and the pool.
+Restoring reads the pool's documents again and goes on to the bit. A state has the same fields of the same types
+throughout, as Grain asks: what varies in length is text.
 """
 
 import collections
@@ -55,7 +55,8 @@ class PackedBatch:
     Attributes:
       arrays: numpy arrays, as batch.py says.
       documents: "source/file:row" of each document, row after row.
-      seen: documents read since training began, the waiting and the rejected ones included.
+      seen: documents read since training began, the waiting and the rejected ones included; each piece of one that was
+        cut counts.
       rejected: how many of those were rejected, by reason.
     """
 
@@ -110,7 +111,7 @@ class Packing:
 
 
 class PackIterDataset(grain.IterDataset):
-    """Packs an endless sequence of (index, Candidate or Rejected) into PackedRows, a batch at a time."""
+    """Packs an endless sequence of (index, Candidates and Rejected of its row) into PackedRows, a batch at a time."""
 
     def __init__(self, parent: grain.MapDataset, packing: Packing):
         super().__init__(parent)
@@ -137,7 +138,7 @@ class _PackIterator(grain.DatasetIterator):
             self._refill()
             rng = np.random.default_rng((self._packing.seed, self._rows))
             placements = pack_row(self._pool, self._packing.shape, rounds=self._packing.rounds, rng=rng)
-            rows.append(tuple((placement.item[1], placement.vision_slots) for placement in placements))
+            rows.append(tuple((placement.item[-1], placement.vision_slots) for placement in placements))
             self._rows += 1
         return PackedRows(tuple(rows), self._ledger.seen, dict(self._ledger.rejected))
 
@@ -145,7 +146,7 @@ class _PackIterator(grain.DatasetIterator):
         return {
             "identity": self._packing.identity,
             "parent": self._parent.get_state(),
-            "pool": json.dumps([index for index, _ in self._pool.items]),
+            "pool": json.dumps([(index, piece) for index, piece, _ in self._pool.items]),
             "rows": self._rows,
             "seen": self._ledger.seen,
             "rejected": json.dumps(self._ledger.rejected),
@@ -161,20 +162,23 @@ class _PackIterator(grain.DatasetIterator):
         self._ledger = Ledger(self._ledger.limit, state["seen"], json.loads(state["rejected"]))
         self._rows = state["rows"]
         self._pool = Pool()
-        for index in json.loads(state["pool"]):
-            _, candidate = self._documents[index]
-            if isinstance(candidate, Rejected):
-                raise UserError(f"{candidate.name} could be read when the position was saved: {candidate.message}")
-            self._pool.add((index, candidate), candidate.sizes)
+        for index, piece in json.loads(state["pool"]):
+            _, pieces = self._documents[index]
+            candidate = dict(enumerate(pieces)).get(piece)
+            if not isinstance(candidate, Candidate):
+                why = candidate.message if isinstance(candidate, Rejected) else "its row is cut otherwise now"
+                raise UserError(f"piece {piece} of {pieces[0].name} could be read when the position was saved: {why}")
+            self._pool.add((index, piece, candidate), candidate.sizes)
 
     def _refill(self) -> None:
         while len(self._pool) < self._packing.lookahead:
-            index, candidate = next(self._parent)
-            self._ledger.seen += 1
-            if isinstance(candidate, Rejected):
-                self._ledger.reject(candidate)
-            else:
-                self._pool.add((index, candidate), candidate.sizes)
+            index, pieces = next(self._parent)
+            for piece, candidate in enumerate(pieces):
+                self._ledger.seen += 1
+                if isinstance(candidate, Rejected):
+                    self._ledger.reject(candidate)
+                else:
+                    self._pool.add((index, piece, candidate), candidate.sizes)
 
 
 class DecodeIterDataset(grain.IterDataset):

@@ -58,6 +58,16 @@ def parts(row: dict[str, Any], image_root: str | None) -> tuple[Part, ...]:
     return tuple(document)
 
 
+def units(row: dict[str, Any]) -> int:
+    """Returns the number of turns: where a long conversation may be cut."""
+    return len(row["texts"])
+
+
+def piece(row: dict[str, Any], first: int, end: int) -> dict[str, Any]:
+    """Returns the conversation of turns [first, end), with all images."""
+    return {**row, "texts": row["texts"][first:end]}
+
+
 def _image(image: dict[str, Any] | None, image_root: str | None) -> Image:
     if image is not None and image["bytes"] is not None:
         return Image(image["bytes"])

@@ -49,3 +49,13 @@ def parts(row: dict[str, Any], image_root: str | None) -> tuple[Part, ...]:
         else:
             document.append(Text(text, trained=True))
     return tuple(document)
+
+
+def units(row: dict[str, Any]) -> int:
+    """Returns the number of texts and images: where a long page may be cut."""
+    return len(row["texts"])
+
+
+def piece(row: dict[str, Any], first: int, end: int) -> dict[str, Any]:
+    """Returns the page of positions [first, end)."""
+    return {**row, "images": row["images"][first:end], "texts": row["texts"][first:end]}

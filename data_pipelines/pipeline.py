@@ -145,7 +145,7 @@ def batches(config: DataConfig, processor: Processor, *, shard_index: int, shard
         num_threads=config.num_threads,
         identity=_identity(config, opened, processor, shard_index, shard_count),
     )
-    indexed = documents.map_with_index(lambda index, candidate: (index, candidate))
+    indexed = documents.map_with_index(lambda index, pieces: (index, pieces))
     decoded = DecodeIterDataset(PackIterDataset(indexed, packing), packing, processor=processor, cache=cache)
     return iter(grain.experimental.ThreadPrefetchIterDataset(decoded, prefetch_buffer_size=config.prefetch))
 

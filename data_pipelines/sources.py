@@ -1,6 +1,7 @@
 """Sources: parquet files in a published schema, read as documents."""
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from data_pipelines import cauldron, obelics, pairs, parquet
+from data_pipelines import cauldron, cutting, obelics, pairs, parquet
 from data_pipelines.cache import Cache
 from data_pipelines.order import EpochOrder
 from data_pipelines.rejection import BadRow, Rejected
@@ -52,7 +53,10 @@ class SourceConfig:
 
 
 class DocumentSource:
-    """A source's documents as an endless, shuffled sequence with random access (a Grain data source)."""
+    """A source's rows as an endless, shuffled sequence with random access (a Grain data source).
+
+    An element is the tuple of what a row gave: one document, several where a long one was cut, or Rejected.
+    """
 
     def __init__(
         self,
@@ -69,8 +73,8 @@ class DocumentSource:
 
         Args:
           config: what to read.
-          prepare: applied to each document; what it returns is the element. Rejected rows pass it by.
-          prepared_size: bytes that an element takes in the cache.
+          prepare: applied to each document; it may return Rejected. Rejected rows pass it by.
+          prepared_size: bytes that what it returned takes in the cache.
           cache: keeps elements between epochs.
           seed: of the order.
           shard_index: which share of each epoch to read, from 0.
@@ -105,13 +109,32 @@ class DocumentSource:
     def __len__(self) -> int:
         return sys.maxsize
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
         place = self._order(index)
-        return self._cache.get((self._config, place), lambda: self._make(*place), self._prepared_size)
+        size = functools.partial(_total, self._prepared_size)
+        return self._cache.get((self._config, place), lambda: self._make(*place), size)
 
-    def _make(self, group: int, row: int) -> Any:
-        document = _read(self._config, self._rows, group, row)
-        return document if isinstance(document, Rejected) else self._prepare(document)
+    def _make(self, group: int, row: int) -> tuple[Any, ...]:
+        values = _values(self._config, self._rows, group, row)
+        if isinstance(values, Rejected):
+            return (values,)
+        name, kind = self._rows.name(group, row), KINDS[self._config.kind]
+
+        def make(values: dict[str, Any], name: str) -> Any:
+            document = _document(self._config, values, name)
+            return document if isinstance(document, Rejected) else self._prepare(document)
+
+        whole = make(values, name)
+        if not cutting.is_too_large(whole) or kind.units(values) < 2:
+            return (whole,)
+        pieces = cutting.cut(
+            kind.units(values), lambda first, end: make(kind.piece(values, first, end), f"{name}[{first}:{end}]")
+        )
+        return tuple(pieces)
+
+
+def _total(size: Callable[[Any], int], pieces: tuple[Any, ...]) -> int:
+    return sum(map(size, pieces))
 
 
 def read_documents(config: SourceConfig) -> Iterator[Document]:
@@ -123,7 +146,9 @@ def read_documents(config: SourceConfig) -> Iterator[Document]:
     rows = _open_rows(config)
     for group, count in enumerate(rows.group_rows):
         for row in range(count):
-            document = _read(config, rows, group, row)
+            values = _values(config, rows, group, row)
+            name = rows.name(group, row)
+            document = values if isinstance(values, Rejected) else _document(config, values, name)
             if isinstance(document, Rejected):
                 raise UserError(f"{document.name} cannot be used ({document.message}); mend it or drop the row")
             yield document
@@ -163,14 +188,20 @@ def _show(schema: pa.Schema) -> str:
     return ", ".join(f"{field.name} {field.type}" for field in schema)
 
 
-def _read(config: SourceConfig, rows: parquet.ParquetRows, group: int, row: int) -> Document | Rejected:
-    name = rows.name(group, row)
+def _values(config: SourceConfig, rows: parquet.ParquetRows, group: int, row: int) -> dict[str, Any] | Rejected:
+    """Reads a row's columns."""
+    name = f"{config.name}/{rows.name(group, row)}"
     try:
-        values = rows.row(group, row)
+        return rows.row(group, row)
+    except UnicodeDecodeError:
+        return Rejected(name, "not-utf8", "a text is not UTF-8; write it again")
+    except (OSError, pa.ArrowInvalid) as error:
+        return Rejected(name, "damaged-parquet", f"its row group cannot be read ({error})")
+
+
+def _document(config: SourceConfig, values: dict[str, Any], name: str) -> Document | Rejected:
+    """Makes a document of a row's columns, or of a piece of them."""
+    try:
         return Document(KINDS[config.kind].parts(values, config.image_root), source=config.name, id=name)
     except BadRow as error:
         return Rejected(f"{config.name}/{name}", error.reason, str(error))
-    except UnicodeDecodeError:
-        return Rejected(f"{config.name}/{name}", "not-utf8", "a text is not UTF-8; write it again")
-    except (OSError, pa.ArrowInvalid) as error:
-        return Rejected(f"{config.name}/{name}", "damaged-parquet", f"its row group cannot be read ({error})")

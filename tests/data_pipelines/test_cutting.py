@@ -1,0 +1,113 @@
+"""A document too large for a row is cut where its kind may be cut; nothing is lost, and no image leaves its words."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from data_pipelines import cauldron, obelics
+from data_pipelines.cutting import cut
+from data_pipelines.pipeline import batches
+from data_pipelines.rejection import Rejected
+from idefics_jax.errors import UserError
+from tests.data_pipelines.pictures import png
+
+TOO_LONG = Rejected("x", "too-many-tokens", "too long")
+
+
+def start(config, processor):
+    return batches(config, processor, shard_index=0, shard_count=1)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "wanted"),
+    [
+        ([3, 3, 3, 3], [(0, 3), (3, 4)]),
+        ([9, 1, 8, 2], [(0, 2), (2, 4)]),
+        ([4, 11, 5, 5], [(0, 1), "too long", (2, 4)]),
+        ([11], ["too long"]),
+        ([1] * 25, [(0, 10), (10, 20), (20, 25)]),
+    ],
+)
+def test_pieces_are_as_long_as_they_can_be(sizes, wanted):
+    def make(first, end):
+        return (first, end) if sum(sizes[first:end]) <= 10 else TOO_LONG
+
+    assert [getattr(piece, "message", piece) for piece in cut(len(sizes), make)] == wanted
+
+
+def test_a_bad_document_is_not_cut():
+    bad = Rejected("x", "corrupt", "no image")
+    assert cut(3, lambda first, end: bad) == [bad]
+
+
+def talk(turns, images=1):
+    texts = [{"user": f"what is {turn}?", "assistant": f"{turn}", "source": "s"} for turn in range(turns)]
+    return {"images": [{"bytes": png(28, 28), "path": None}] * images, "texts": texts}
+
+
+def texts_of(packed, processor):
+    """The documents of a batch as (name, text, number of `<image>` tokens)."""
+    names, found, batch = iter(packed.documents), [], packed.arrays
+    for tokens, segments in zip(batch["tokens"], batch["segment_ids"], strict=True):
+        for segment in range(1, segments.max() + 1):
+            ids = tokens[segments == segment]
+            images = int((ids == processor.tokenizer.image_token_id).sum())
+            found.append((next(names), processor.decode(ids.tolist()), images))
+    return found
+
+
+def test_a_long_conversation_is_cut_between_turns_and_each_piece_has_the_images(one_source, processor):
+    config = one_source([talk(12)], "cauldron", cauldron.SCHEMA, lookahead=4)
+    found = {}
+    iterator = start(config, processor)
+    for _ in range(8):
+        found |= {name: (text, images) for name, text, images in texts_of(next(iterator), processor)}
+    spans = sorted(tuple(map(int, name.rpartition("[")[2].rstrip("]").split(":"))) for name in found)
+    assert len(spans) > 1
+    assert [first for first, _ in spans] == [0, *[end for _, end in spans[:-1]]]
+    assert spans[-1][1] == 12
+    for name, (text, images) in found.items():
+        first, end = map(int, name.rpartition("[")[2].rstrip("]").split(":"))
+        assert images == processor.num_latents
+        assert text.split("what is ")[1:][0].startswith(f"{first}?")
+        assert text.count("what is") == end - first
+
+
+def test_a_long_page_is_cut_between_its_parts(one_source, processor):
+    rng = np.random.default_rng(0)
+    words = [" ".join(["one"] * int(n)) for n in rng.integers(1, 9, 40)]
+    row = {"images": [None] * 40, "texts": words, "metadata": "", "general_metadata": ""}
+    config = one_source([row], "obelics", obelics.SCHEMA, lookahead=4)
+    packed = next(start(config, processor))
+    pieces = {name: text for name, text, _ in texts_of(packed, processor)}
+    ordered = sorted(pieces, key=lambda name: int(name.rpartition("[")[2].split(":")[0]))
+    joined = " ".join(pieces[name] for name in ordered).split()
+    assert joined == " ".join(words).split()[: len(joined)]
+    assert len(joined) > 50
+
+
+def test_a_turn_that_no_row_holds_is_counted_and_the_others_stay(one_source, processor):
+    row = talk(3)
+    row["texts"][1]["assistant"] = "five " * 200
+    config = one_source([row], "cauldron", cauldron.SCHEMA, lookahead=4, max_bad_fraction=0.9)
+    packed = next(start(config, processor))
+    assert set(packed.rejected) == {"too-many-tokens"}
+    assert {name.rpartition("[")[2] for name in packed.documents} == {"0:1]", "2:3]"}
+    with pytest.raises(UserError, match=r"rows.parquet:0\[1:2\]: it has \d+ tokens and a row 64"):
+        next(start(dataclasses.replace(config, max_bad_fraction=0.0), processor))
+
+
+def test_resuming_between_the_pieces_of_a_document_goes_on_to_the_bit(one_source, processor):
+    config = one_source([talk(12), talk(3), talk(30)], "cauldron", cauldron.SCHEMA, lookahead=6)
+    iterator = start(config, processor)
+    states, packed = [], []
+    for _ in range(8):
+        states.append(iterator.get_state())
+        packed.append(next(iterator))
+    for step, state in enumerate(states):
+        resumed = start(config, processor)
+        resumed.set_state(state)
+        again = next(resumed)
+        assert again.documents == packed[step].documents
+        np.testing.assert_array_equal(again.arrays["tokens"], packed[step].arrays["tokens"])
