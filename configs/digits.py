@@ -30,8 +30,12 @@ def get_config(adaptation: str = "full") -> ConfigDict:
     config.seed = 0
     config.steps = 1500
     config.processor = f"{DATA}/processor"
+    config.image_rules = ConfigDict()
     config.init_from = placeholder(str)
+    config.init_parts = ConfigDict()
     config.model = model()
+    config.resize_positions = False
+    config.grow_vocabulary = "none"
     # A table as large as the features it is added to; latents that differ from the start.
     config.init_std = (
         ("vision_model/embeddings/position_embedding/embedding", 0.5),

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -99,7 +99,7 @@ def load(
     if is_model_folder(path):
         params, _ = load_model(path, shardings=shardings)
     else:
-        params = _place(HfFolder(path), config, shardings)
+        params = place(iter_from_hf(HfFolder(path), config), shardings)
     return Model(config, params, load_processor(path), dtype, mesh, rules)
 
 
@@ -125,12 +125,9 @@ def load_processor(path: epath.Path) -> Processor | None:
     return Processor.load(path) if there else None
 
 
-def _place(tensors: HfFolder, config: Idefics2Config, shardings: dict[str, Any]) -> dict[str, Any]:
-    """Puts leaf after leaf on its devices, so that the host never holds the whole."""
+def place(leaves: Iterable[tuple[str, Any]], shardings: dict[str, Any]) -> dict[str, Any]:
+    """Puts ("a/b/c", array) after another on its devices, so that the host never holds the whole."""
     where = flatten(shardings)
     return unflatten(
-        {
-            path: jax.make_array_from_callback(array.shape, where[path], array.__getitem__)
-            for path, array in iter_from_hf(tensors, config)
-        }
+        {path: jax.make_array_from_callback(array.shape, where[path], array.__getitem__) for path, array in leaves}
     )

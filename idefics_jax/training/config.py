@@ -6,7 +6,9 @@ from typing import Any
 
 from data_pipelines.pipeline import DataConfig
 from idefics_jax import settings
+from idefics_jax.convert.parts import FORMS
 from idefics_jax.errors import UserError
+from idefics_jax.param_transforms import vocabulary
 from idefics_jax.param_transforms.lora import LoraTarget
 from idefics_jax.param_transforms.partition import Rule
 from idefics_jax.sharding import RULES
@@ -26,8 +28,15 @@ class TrainConfig:
       seed: of the parameters and of the order of the data.
       steps: optimizer steps.
       processor: folder of the tokenizer and the image rules.
-      init_from: folder of the weights to start from (Hugging Face's or ours), or None for random ones.
-      model: the sections of a Hugging Face config.json, for random weights; empty with `init_from`.
+      image_rules: values that take the place of the processor's own (fields of images.ImageRules).
+      init_from: folder of the weights to start from: Hugging Face's, ours, or the work directory of another run; None
+        for random ones.
+      init_parts: {"vision_model": folder, "text_model": folder}, either or both: pretrained parts to start from where
+        there is no `init_from` (convert/parts.py); the rest is random.
+      model: the sections of a Hugging Face config.json: sizes of the model that trains. Empty for those of `init_from`.
+      resize_positions: whether a position table of another size is interpolated to the model's; otherwise refused.
+      grow_vocabulary: how rows start that the starting weights lack: "normal" or "mean" (param_transforms.vocabulary),
+        or "none" to refuse. Without `model`, the vocabulary becomes the processor's.
       init_std: (pattern, standard deviation) of random weights that deviate from the parts' own.
       dtype: of the arithmetic; trained parameters are float32 whatever this says.
       frozen_dtype: of frozen parameters.
@@ -52,8 +61,12 @@ class TrainConfig:
     seed: int
     steps: int
     processor: str
+    image_rules: Mapping[str, Any]
     init_from: str | None
+    init_parts: Mapping[str, str]
     model: Mapping[str, Any]
+    resize_positions: bool
+    grow_vocabulary: str
     init_std: tuple[tuple[str, float], ...]
     dtype: str
     frozen_dtype: str
@@ -82,6 +95,7 @@ class TrainConfig:
             ("frozen_dtype", DTYPES),
             ("remat", REMAT_POLICIES),
             ("sharding", RULES),
+            ("grow_vocabulary", ("none", *vocabulary.STARTS)),
         ):
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
@@ -96,10 +110,13 @@ class TrainConfig:
             raise UserError(
                 f"data.shape.rows ({self.data.shape.rows}) must be a multiple of accumulation ({self.accumulation})"
             )
-        if bool(self.model) == bool(self.init_from):
-            raise UserError(
-                "give either model (sizes of a model to start at random) or init_from (a folder of weights)"
-            )
+        if not self.model and not self.init_from:
+            raise UserError("give model (the sizes of the model), init_from (a folder of weights), or both")
+        if self.init_parts and self.init_from:
+            raise UserError("init_from holds every part already; give it or init_parts")
+        unknown = sorted(set(self.init_parts) - set(FORMS))
+        if unknown:
+            raise UserError(f"init_parts names {unknown[0]!r}; the parts are {', '.join(FORMS)}")
         for name in ("new_rows", "neftune_alpha"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be 0 or more")

@@ -8,18 +8,17 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from idefics_jax import sharding
 from idefics_jax.config import Idefics2Config
 from idefics_jax.errors import UserError
-from idefics_jax.model import find_model, load
 from idefics_jax.models.idefics2 import Idefics2
 from idefics_jax.param_transforms import lora, new_rows, partition, paths, quantize
-from idefics_jax.param_tree import abstract_params, boxed_params, probe_batch
+from idefics_jax.param_tree import abstract_params, probe_batch
 from idefics_jax.processor import Processor
 from idefics_jax.training.checkpoint import with_shardings
 from idefics_jax.training.config import TrainConfig
+from idefics_jax.training.initial import initial_params, load_processor, model_config
 from idefics_jax.training.optimizer import make_optimizer, peak_rates
 from idefics_jax.training.step import init_state, make_train_step, state_axes
 
@@ -68,54 +67,6 @@ class Run:
         return new_rows.merge(lora.merge(params, adapters, tuple(self.config.lora.values())), adapters)
 
 
-def model_config(config: TrainConfig, processor: Processor) -> Idefics2Config:
-    """Returns the sizes of the model: of `init_from`, or of the config's own sections, fitted to the processor.
-
-    Raises:
-      UserError: the model and the processor do not fit each other.
-    """
-    tokenizer, rules = processor.tokenizer, processor.image_rules
-    if config.init_from:
-        sizes = Idefics2Config.load(find_model(config.init_from))
-    else:
-        sections = ConfigDict(dict(config.model)).to_dict()
-        sizes = Idefics2Config.from_hf(
-            {"image_token_id": tokenizer.image_token_id, **sections, "model_type": "idefics2"}
-        )
-    for name, of_model, of_processor in (
-        ("image_token_id", sizes.image_token_id, tokenizer.image_token_id),
-        ("number of tokens an image", sizes.perceiver_config.resampler_n_latents, processor.num_latents),
-        ("patch size", sizes.vision_config.patch_size, rules.patch_size),
-        ("positions a side", sizes.vision_config.positions_per_side, rules.positions_per_side),
-    ):
-        if of_model != of_processor:
-            raise UserError(
-                f"the model's {name} is {of_model}, that of processor {config.processor!r} is {of_processor}; "
-                "change the one in the config's model section or choose another processor"
-            )
-    if tokenizer.vocab_size > sizes.text_config.vocab_size:
-        raise UserError(
-            f"the tokenizer of {config.processor!r} has {tokenizer.vocab_size} ids, the model's vocabulary "
-            f"{sizes.text_config.vocab_size}; raise model.text_config.vocab_size"
-        )
-    return sizes
-
-
-def random_params(config: TrainConfig, sizes: Idefics2Config, shardings: dict[str, Any]) -> dict[str, Any]:
-    """Returns random parameters: the parts' own initialisation, with `init_std` where the config deviates."""
-    deviation = dict(config.init_std)
-    chosen = paths.select(deviation, paths.flatten(shardings), field="init_std")
-
-    def init(rng):
-        flat = paths.flatten(sharding.unbox(boxed_params(sizes, rng)))
-        for index, path in enumerate(sorted(chosen)):
-            key = jax.random.fold_in(rng, index)
-            flat[path] = jax.random.normal(key, flat[path].shape) * deviation[chosen[path]]
-        return paths.unflatten(flat)
-
-    return jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed))
-
-
 def assemble(config: TrainConfig, mesh: Mesh) -> tuple[Run, dict[str, Any], dict[str, Any]]:
     """Builds everything a run needs, inside `sharding.use_mesh`.
 
@@ -125,16 +76,13 @@ def assemble(config: TrainConfig, mesh: Mesh) -> tuple[Run, dict[str, Any], dict
     Raises:
       UserError: the parts of the config do not fit each other.
     """
-    processor = Processor.load(config.processor)
+    processor = load_processor(config)
     sizes, rules = model_config(config, processor), sharding.RULES[config.sharding]
     shapes, axes = abstract_params(sizes)
     model = Idefics2(sizes, dtype=jnp.dtype(config.dtype), remat=config.remat, neftune_alpha=config.neftune_alpha)
     spec = tuple(config.lora.values())
     try:
-        if config.init_from:
-            params = load(config.init_from, mesh=mesh, rules=rules).params
-        else:
-            params = random_params(config, sizes, sharding.tree_shardings(mesh, axes, rules))
+        params = initial_params(config, sizes, mesh)
         adapters, adapter_axes = make_adapters(config, params, axes, mesh)
         chosen = partition.choose(params, adapters, config.partition)
         base, frozen = partition.split(params, chosen)

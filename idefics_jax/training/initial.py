@@ -1,0 +1,207 @@
+"""What a run starts from: processor, sizes of the model, and parameters: random, a model's, or pretrained parts.
+
+The sizes are those of the config's `model` section, or else of `init_from`. Weights that start with fewer positions or
+a smaller vocabulary are brought to them where the config says how, and refused where it does not.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from idefics_jax import sharding
+from idefics_jax.config import Idefics2Config
+from idefics_jax.convert.parts import open_part, read_sizes
+from idefics_jax.errors import UserError
+from idefics_jax.images import ImageRules
+from idefics_jax.model import find_model, load, place
+from idefics_jax.param_transforms import new_rows, partition, paths, positions, vocabulary
+from idefics_jax.param_tree import boxed_params, param_shapes, param_shardings
+from idefics_jax.processor import Processor
+from idefics_jax.settings import build, differences
+from idefics_jax.training.config import TrainConfig
+
+# Sources that write `<end_of_utterance>`; the others do without its row, as the paper's pretraining does.
+CONVERSATIONS = ("cauldron", "text")
+# Told by a folder, but of no effect on weights that are there.
+NO_SIZES = ("extra", "initializer_range", "max_position_embeddings", "image_size")
+
+
+def load_processor(config: TrainConfig) -> Processor:
+    """Returns the processor of the config, `image_rules` in the place of its own; raises UserError."""
+    processor = Processor.load(config.processor)
+    rules = {**dataclasses.asdict(processor.image_rules), **config.image_rules}
+    return Processor(processor.tokenizer, build(ImageRules, rules, "config.image_rules"), processor.num_latents)
+
+
+def model_config(config: TrainConfig, processor: Processor) -> Idefics2Config:
+    """Returns the sizes of the model that trains.
+
+    Raises:
+      UserError: there is no model in `init_from`, or the model and the processor do not fit each other.
+    """
+    tokenizer, rules = processor.tokenizer, processor.image_rules
+    if config.model:
+        sizes = from_sections(config, image_token_id=tokenizer.image_token_id)
+    else:
+        sizes = Idefics2Config.load(find_model(config.init_from))
+        vision, text = sizes.vision_config, sizes.text_config
+        if config.resize_positions and vision.positions_per_side != rules.positions_per_side:
+            vision = dataclasses.replace(vision, image_size=rules.positions_per_side * vision.patch_size)
+        if config.grow_vocabulary != "none":
+            text = dataclasses.replace(text, vocab_size=max(text.vocab_size, tokenizer.vocab_size))
+        sizes = dataclasses.replace(sizes, vision_config=vision, text_config=text)
+    check_processor(config, sizes, processor)
+    return sizes
+
+
+def from_sections(config: TrainConfig, *, image_token_id: int) -> Idefics2Config:
+    """Returns the sizes that the config's `model` section tells; the id is used where it tells none."""
+    return Idefics2Config.from_hf({"image_token_id": image_token_id, **config.model, "model_type": "idefics2"})
+
+
+def check_processor(config: TrainConfig, sizes: Idefics2Config, processor: Processor) -> None:
+    """Raises UserError unless the processor's images and tokens fit the model."""
+    tokenizer, rules = processor.tokenizer, processor.image_rules
+    for name, of_model, of_processor in (
+        ("image_token_id", sizes.image_token_id, tokenizer.image_token_id),
+        ("number of tokens an image", sizes.perceiver_config.resampler_n_latents, processor.num_latents),
+        ("patch size", sizes.vision_config.patch_size, rules.patch_size),
+        ("positions a side", sizes.vision_config.positions_per_side, rules.positions_per_side),
+    ):
+        if of_model != of_processor:
+            raise UserError(
+                f"the model's {name} is {of_model}, that of processor {config.processor!r} is {of_processor}; "
+                "change the one in the config's model section or choose another processor"
+            )
+    talks = any(source.kind in CONVERSATIONS for stage in config.data.stages for source in stage.sources)
+    needed = tokenizer.vocab_size if talks else tokenizer.end_of_utterance_id
+    if needed > sizes.text_config.vocab_size:
+        raise UserError(
+            f"the tokenizer of {config.processor!r} has {needed} ids, the model's vocabulary "
+            f"{sizes.text_config.vocab_size}; raise model.text_config.vocab_size, or set grow_vocabulary to add rows "
+            "to the weights of init_from"
+        )
+
+
+def initial_params(config: TrainConfig, sizes: Idefics2Config, mesh: Mesh) -> dict[str, Any]:
+    """Returns the parameters before the first step, on the mesh, in the dtypes of their files.
+
+    Args:
+      config: the run's settings.
+      sizes: of the model that trains.
+      mesh: current, with the config's sharding rules.
+
+    Raises:
+      UserError: a folder is damaged, or its weights do not fit the sizes.
+      ValueError: a pattern of `init_std` matches no random parameter.
+    """
+    rules = sharding.RULES[config.sharding]
+    start, params = sizes, {}
+    if config.init_from:
+        loaded = load(config.init_from, mesh=mesh, rules=rules)
+        start, params = loaded.config, loaded.params
+    elif config.init_parts:
+        start, params = load_parts(config, sizes, mesh)
+    check_start(config, start, sizes)
+    flat = paths.flatten(param_shardings(sizes, mesh, rules))
+    params = fitted(config, params, sizes, flat)
+    there = paths.flatten(params)
+    missing = paths.unflatten({path: where for path, where in flat.items() if path not in there})
+    return partition.combine(params, random_params(config, sizes, missing))
+
+
+def random_params(config: TrainConfig, sizes: Idefics2Config, shardings: dict[str, Any]) -> dict[str, Any]:
+    """Returns random parameters where `shardings` has a leaf: the parts' own initialisation, or that of `init_std`."""
+    deviation, wanted = dict(config.init_std), paths.flatten(shardings)
+    chosen = paths.select(deviation, wanted, field="init_std")
+
+    def init(rng):
+        flat = paths.flatten(sharding.unbox(boxed_params(sizes, rng)))
+        for index, path in enumerate(sorted(chosen)):
+            key = jax.random.fold_in(rng, index)
+            flat[path] = jax.random.normal(key, flat[path].shape) * deviation[chosen[path]]
+        return paths.unflatten({path: flat[path] for path in wanted})
+
+    return jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed)) if wanted else {}
+
+
+def load_parts(config: TrainConfig, sizes: Idefics2Config, mesh: Mesh) -> tuple[Idefics2Config, dict[str, Any]]:
+    """Reads `init_parts`, and says what of each folder is left out.
+
+    Returns:
+      A config with the parts' own sizes, and their parameters on the mesh.
+    """
+    own = {f"{part.partition('_')[0]}_config": read_sizes(path, part) for part, path in config.init_parts.items()}
+    start = dataclasses.replace(sizes, **own, image_token_id=1)  # it may lie beyond the decoder's own vocabulary
+    shardings, params = param_shardings(start, mesh, sharding.RULES[config.sharding]), {}
+    for part, path in config.init_parts.items():
+        leaves, left_out = open_part(path, part, start)
+        params |= place(leaves, shardings)
+        print(f"{part} from {path}{f', left out: {left_out}' if left_out else ''}", flush=True)
+    return start, params
+
+
+def check_start(config: TrainConfig, start: Idefics2Config, sizes: Idefics2Config) -> None:
+    """Raises UserError where the starting weights are not of the model's sizes and nothing says how to mend it."""
+    where = config.init_from or ", ".join(config.init_parts.values())
+    for noun, ours, wanted, allowed, mend in (
+        (
+            "positions a side",
+            start.vision_config.positions_per_side,
+            sizes.vision_config.positions_per_side,
+            config.resize_positions,
+            "set resize_positions = True to interpolate them",
+        ),
+        (
+            "vocabulary rows",
+            start.text_config.vocab_size,
+            sizes.text_config.vocab_size,
+            config.grow_vocabulary != "none",
+            f"set grow_vocabulary to one of {', '.join(vocabulary.STARTS)} to add rows",
+        ),
+    ):
+        if ours != wanted and not allowed:
+            raise UserError(f"the weights of {where} have {ours} {noun} and the model {wanted}; {mend}")
+    other = differences(_sizes(start), _sizes(sizes))
+    if other:
+        raise UserError(
+            f"the weights of {where} are not of the sizes of config.model ({'; '.join(other)}); correct the config"
+        )
+
+
+def _sizes(config: Idefics2Config) -> dict[str, Any]:
+    """Returns what must be equal for weights to be usable: all sizes but those that can be brought to others."""
+    whole = dataclasses.asdict(config)
+    sections = {name: section for name, section in whole.items() if name.endswith("_config")}
+    kept = {name: {k: v for k, v in section.items() if k not in NO_SIZES} for name, section in sections.items()}
+    del kept["text_config"]["vocab_size"]
+    return {**kept, "tie_word_embeddings": config.tie_word_embeddings}
+
+
+def fitted(
+    config: TrainConfig, params: dict[str, Any], sizes: Idefics2Config, shardings: dict[str, Any]
+) -> dict[str, Any]:
+    """Brings position and vocabulary tables to the model's sizes; every other leaf is passed through.
+
+    Args:
+      config: says how new vocabulary rows start.
+      params: loaded parameters.
+      sizes: of the model that trains.
+      shardings: {path: sharding} of its parameters.
+    """
+    flat, shapes = paths.flatten(params), paths.flatten(param_shapes(sizes))
+    tables = (positions.TABLE, *(f"{module}/{name}" for module, name in new_rows.TABLES.items()))
+    short = {path: flat[path] for path in tables if path in flat and flat[path].shape != shapes[path].shape}
+    if not short:
+        return params
+
+    def fit(tree):
+        if positions.TABLE in short:
+            tree = positions.resize(tree, sizes.vision_config.positions_per_side)
+        rng = jax.random.key(config.seed + 2)
+        return vocabulary.grow(tree, sizes.text_config.vocab_size, start=config.grow_vocabulary, rng=rng)
+
+    where = paths.unflatten({path: shardings[path] for path in short})
+    return paths.unflatten({**flat, **paths.flatten(jax.jit(fit, out_shardings=where)(paths.unflatten(short)))})
