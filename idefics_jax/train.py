@@ -4,15 +4,21 @@
     python -m idefics_jax.train --config configs/digits.py:lora --workdir work/lora --config.steps=500
 
 The same command goes on with a run that was stopped.
+
+    python -m idefics_jax.train --config configs/idefics2_8b/stage1.py --plan
+
+prints what would train, and what it takes, without a weight.
 """
 
 from absl import flags, logging
 from etils import epath
 
 from idefics_jax import commands
+from idefics_jax.errors import UserError
 
 _CONFIG = commands.define_config(None, "what to train, configs/NAME.py[:argument]")
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, the trained model")
+_PLAN = flags.DEFINE_boolean("plan", False, "print what would train, from shapes alone, and stop")
 
 
 def main() -> None:
@@ -20,10 +26,17 @@ def main() -> None:
     # Imported here, so that a wrong flag is answered at once.
     from idefics_jax.training.config import TrainConfig
     from idefics_jax.training.loop import train
+    from idefics_jax.training.plan import plan
 
     values = _CONFIG.value.to_dict()
-    train(TrainConfig.from_config_dict(values), values, epath.Path(_WORKDIR.value).resolve())
+    config = TrainConfig.from_config_dict(values)
+    if _PLAN.value:
+        print(plan(config))
+        return
+    if _WORKDIR.value is None:
+        raise UserError("--workdir is missing; see --help")
+    train(config, values, epath.Path(_WORKDIR.value).resolve())
 
 
 if __name__ == "__main__":
-    commands.run(main, required=("config", "workdir"))
+    commands.run(main, required=("config",))

@@ -125,15 +125,21 @@ def make_adapters(
     Raises:
       ValueError: a target that matches nothing, or more new rows than there are.
     """
-
-    def init(tree):
-        adapters = lora.init(tree, tuple(config.lora.values()), jax.random.key(config.seed + 1))
-        return adapters, new_rows.init(tree, config.new_rows) if config.new_rows else {}
-
-    lora_shapes, row_shapes = jax.eval_shape(init, params)
+    lora_shapes, row_shapes = jax.eval_shape(lambda tree: starting_adapters(config, tree), params)
     adapter_axes = partition.combine(lora.axes(axes, lora_shapes), new_rows.axes(row_shapes))
     places = sharding.tree_shardings(mesh, adapter_axes, sharding.RULES[config.sharding])
-    return jax.jit(lambda tree: partition.combine(*init(tree)), out_shardings=places)(params), adapter_axes
+    start = jax.jit(lambda tree: partition.combine(*starting_adapters(config, tree)), out_shardings=places)
+    return start(params), adapter_axes
+
+
+def starting_adapters(config: TrainConfig, params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the adapters before the first step: LoRA's, and the new vocabulary rows; to be traced.
+
+    Raises:
+      ValueError: a target that matches nothing, or more new rows than there are.
+    """
+    adapters = lora.init(params, tuple(config.lora.values()), jax.random.key(config.seed + 1))
+    return adapters, new_rows.init(params, config.new_rows) if config.new_rows else {}
 
 
 def _traced_logits(model: Idefics2, shapes: dict[str, Any], adapters: dict[str, Any]) -> jax.Array:
