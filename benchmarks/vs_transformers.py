@@ -210,7 +210,8 @@ def training(
     chosen = dict.fromkeys([path for tree in trainable.values() for path in paths.flatten(tree)], RULE)
     optimizer = make_optimizer(ADAMW, trainable, chosen, steps=1000)
     step = jax.jit(
-        make_train_step(model, optimizer, spec, accumulation=1, chunk=RAGGED.tokens, seed=0), donate_argnums=0
+        make_train_step(model, optimizer, spec, accumulation=1, chunk=RAGGED.tokens, seed=0, max_skipped=0),
+        donate_argnums=0,
     )
     # Copied, as the step takes over its state's memory.
     state = jax.tree.map(jnp.copy, init_state(trainable, optimizer))

@@ -48,19 +48,24 @@ class Checkpoints:
                 f"command again: it goes on from {'the start' if last is None else f'step {last}'}"
             ) from error
 
+    def steps(self) -> list[int]:
+        """Returns the committed steps, oldest first."""
+        return (
+            sorted(int(path.name) for path in self.path.iterdir() if path.name.isdigit()) if self.path.exists() else []
+        )
+
     def latest_step(self) -> int | None:
         """Returns the newest committed step, or None."""
-        steps = [int(path.name) for path in self.path.iterdir() if path.name.isdigit()] if self.path.exists() else []
-        return max(steps, default=None)
+        return max(self.steps(), default=None)
 
-    def save(self, step: int, state: Any, data: grain.DatasetIterator, interval: list[dict[str, float]]) -> None:
+    def save(self, step: int, state: Any, data: grain.DatasetIterator, progress: dict[str, Any]) -> None:
         """Starts saving a step; returns once the arrays are copied. A step that is already there is left alone.
 
         Args:
           step: its number.
           state: arrays.
           data: iterator, for its position.
-          interval: metrics of the steps since the last line of progress.
+          progress: what the run says about itself (progress.Progress.state), plain JSON.
         """
         if step == self.latest_step():
             return
@@ -70,11 +75,11 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state),
                     data=grain.checkpoint.CheckpointSave(data),
-                    meta=ocp.args.JsonSave({"fingerprint": fingerprint(state), "interval": interval}),
+                    meta=ocp.args.JsonSave({"fingerprint": fingerprint(state), "progress": progress}),
                 ),
             )
 
-    def restore(self, abstract_state: Any, data: grain.DatasetIterator) -> tuple[Any, list[dict[str, float]]] | None:
+    def restore(self, abstract_state: Any, data: grain.DatasetIterator) -> tuple[Any, dict[str, Any]] | None:
         """Restores the newest intact step and sets the data's position.
 
         Args:
@@ -82,7 +87,7 @@ class Checkpoints:
           data: iterator, set in place.
 
         Returns:
-          The state and the interval's metrics as they were saved, or None where there is no checkpoint.
+          The state and the progress as they were saved, or None where there is no checkpoint.
 
         Raises:
           UserError: there are checkpoints, and none is intact.
@@ -100,7 +105,7 @@ class Checkpoints:
             raise UserError(f"none of the checkpoints {steps} in {self.path} is intact; start again in another workdir")
         return None
 
-    def _read(self, step: int, abstract_state: Any, data: grain.DatasetIterator) -> tuple[Any, list[dict[str, float]]]:
+    def _read(self, step: int, abstract_state: Any, data: grain.DatasetIterator) -> tuple[Any, dict[str, Any]]:
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), meta=ocp.args.JsonRestore()),
@@ -110,7 +115,7 @@ class Checkpoints:
         if changed:
             raise ValueError(f"{changed[0]} and {len(changed) - 1} more leaves are not what was saved")
         self._manager.restore(step, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(data)))
-        return restored.state, restored.meta["interval"]
+        return restored.state, restored.meta["progress"]
 
     def _set_aside(self, step: int) -> None:
         self._manager.close()

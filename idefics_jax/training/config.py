@@ -50,6 +50,8 @@ class TrainConfig:
       new_rows: how many of the last vocabulary rows train, as adapters `new_rows`, beside their frozen tables.
       neftune_alpha: strength of the noise on embeddings in training; 0 for none.
       optimizer: see OptimizerConfig.
+      max_skipped_steps: steps whose numbers are not finite that are skipped before the run stops; 0 stops at the first.
+      diverged_after: steps that the loss must stay far above what it was before the run stops; 0 never stops it.
       data: see data_pipelines.pipeline.DataConfig.
       mesh: size of each mesh axis, -1 for what is left.
       sharding: name in sharding.RULES.
@@ -79,6 +81,8 @@ class TrainConfig:
     new_rows: int
     neftune_alpha: float
     optimizer: OptimizerConfig
+    max_skipped_steps: int
+    diverged_after: int
     data: DataConfig
     mesh: Mapping[str, int]
     sharding: str
@@ -117,7 +121,7 @@ class TrainConfig:
         unknown = sorted(set(self.init_parts) - set(FORMS))
         if unknown:
             raise UserError(f"init_parts names {unknown[0]!r}; the parts are {', '.join(FORMS)}")
-        for name in ("new_rows", "neftune_alpha"):
+        for name in ("new_rows", "neftune_alpha", "max_skipped_steps", "diverged_after"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be 0 or more")
         if any(std <= 0 for _, std in self.init_std):

@@ -22,8 +22,9 @@ from idefics_jax.settings import differences
 from idefics_jax.training.checkpoint import Checkpoints, load_frozen, save_frozen
 from idefics_jax.training.config import FREE_ON_RESUME, TrainConfig
 from idefics_jax.training.curves import draw_curves
+from idefics_jax.training.divergence import Stopped
 from idefics_jax.training.optimizer import make_schedule
-from idefics_jax.training.progress import Halted, Progress
+from idefics_jax.training.progress import Progress
 from idefics_jax.training.run import Run, assemble
 from idefics_jax.training.summary import write_summary
 from idefics_jax.training.writers import RunWriter
@@ -53,10 +54,10 @@ def train(config: TrainConfig, values: dict[str, Any], workdir: epath.Path) -> N
         )
         checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
         with contextlib.closing(data), contextlib.closing(checkpoints):
-            state, frozen, interval = start(run, trainable, frozen, data, checkpoints, workdir)
+            state, frozen, before = start(run, trainable, frozen, data, checkpoints, workdir)
             record_run(values, workdir)
             del trainable
-            state, done = steps(run, state, frozen, interval, data, checkpoints, workdir)
+            state, done = steps(run, state, frozen, before, data, checkpoints, workdir)
         if done:
             finish(run, state, frozen, workdir)
         else:
@@ -92,29 +93,28 @@ def record_run(values: dict[str, Any], workdir: epath.Path) -> None:
 
 def start(
     run: Run, trainable: Any, frozen: Any, data: grain.DatasetIterator, checkpoints: Checkpoints, workdir: epath.Path
-) -> tuple[Any, Any, list[dict[str, float]]]:
+) -> tuple[Any, Any, dict[str, Any] | None]:
     """Prints what trains, and returns what the run goes on from.
 
     Returns:
-      State and frozen parameters, restored, with the data's position, or new; and the metrics of the steps since the
-      last line of progress.
+      State and frozen parameters, restored, with the data's position, or new; and Progress.state of the stopped run.
     """
     print(run.table, flush=True)
     restored = checkpoints.restore(run.abstract_state, data)
     if restored is None:
         save_frozen(workdir, frozen)
         print(f"new run in {workdir}: {run.config.steps} steps", flush=True)
-        return run.new_state(trainable), frozen, []
-    state, interval = restored
+        return run.new_state(trainable), frozen, None
+    state, before = restored
     print(f"resumed after step {int(state['step'])} from {checkpoints.path}", flush=True)
-    return state, load_frozen(workdir, run.abstract_frozen), interval
+    return state, load_frozen(workdir, run.abstract_frozen), before
 
 
 def steps(
     run: Run,
     state: Any,
     frozen: Any,
-    interval: list[dict[str, float]],
+    before: dict[str, Any] | None,
     data: grain.DatasetIterator,
     checkpoints: Checkpoints,
     workdir: epath.Path,
@@ -125,11 +125,11 @@ def steps(
       The state, and whether the last step was reached.
 
     Raises:
-      UserError: a step was not finite. Nothing is saved from it on.
+      UserError: a step was not finite, or the loss has diverged. Nothing is saved from then on.
     """
     config, step = run.config, int(state["step"])
     rate = make_schedule(config.optimizer, config.optimizer.learning_rate, config.steps)
-    progress = Progress(config.steps, interval)
+    progress = Progress(config.steps, config.diverged_after, before)
     with contextlib.closing(RunWriter(workdir, step)) as writer, stop_on_signal() as stopping:
         while step < config.steps and not stopping:
             asked = time.monotonic()
@@ -142,29 +142,30 @@ def steps(
                 if step % config.log_every == 0 or step == config.steps:
                     writer.write_scalars(step, progress.report(step, float(rate(step - 1)), packed.rejected))
                 if step % config.checkpoint_every == 0:
-                    checkpoints.save(step, state, data, progress.interval())
+                    checkpoints.save(step, state, data, progress.state())
         with naming_the_last_checkpoint(checkpoints):
-            checkpoints.save(step, state, data, progress.interval())
+            checkpoints.save(step, state, data, progress.state())
     return state, step == config.steps
 
 
 @contextlib.contextmanager
 def naming_the_last_checkpoint(checkpoints: Checkpoints) -> Iterator[None]:
-    """Adds to the error of a halted run where it can be taken up again."""
+    """Adds to the error of a stopped run where it can be taken up again."""
     try:
         yield
-    except Halted as halted:
-        raise halted_message(halted, checkpoints) from halted
+    except Stopped as stopped:
+        raise stopped_message(stopped, checkpoints) from stopped
 
 
-def halted_message(halted: Halted, checkpoints: Checkpoints) -> UserError:
-    """Returns the error that also names the last good checkpoint."""
+def stopped_message(stopped: Stopped, checkpoints: Checkpoints) -> UserError:
+    """Returns the error that also names the last checkpoint from before the trouble, and those to remove."""
     checkpoints.wait()
-    last = checkpoints.latest_step()
-    where = (
-        "there is no checkpoint yet" if last is None else f"the last good checkpoint is {checkpoints.path / str(last)}"
-    )
-    return UserError(f"{halted}; {where}; lower the learning rate, or look at these documents")
+    steps = checkpoints.steps()
+    good, later = [step for step in steps if step <= stopped.step], [step for step in steps if step > stopped.step]
+    where = f"the last good checkpoint is {checkpoints.path / str(good[-1])}" if good else "there is no checkpoint yet"
+    if later:
+        where += f" (remove those after it, {', '.join(map(str, later))}, to go on from it)"
+    return UserError(f"{stopped}; {where}; lower the learning rate, or look at these documents")
 
 
 def finish(run: Run, state: Any, frozen: Any, workdir: epath.Path) -> None:

@@ -7,20 +7,28 @@ from typing import Any
 import jax
 from clu import metrics as clu_metrics
 
-from idefics_jax.errors import UserError
+from idefics_jax.training.divergence import Halted, LossWatch, named
 from idefics_jax.training.step import RUNNING
 
 AVERAGED = ("loss", "accuracy", "grad_norm", "update_norm", "token_fill", "patch_fill")
-Interval = clu_metrics.Collection.create(**{name: clu_metrics.Average.from_output(name) for name in AVERAGED})
 
 
 class Progress:
     """Collects the metrics of each step without waiting for them, and reads them once an interval."""
 
-    def __init__(self, steps: int, interval: list[dict[str, float]]):
-        """Takes the last step, and the metrics of the steps since the last report before the run was stopped."""
+    def __init__(self, steps: int, diverged_after: int, state: dict[str, Any] | None):
+        """Starts, or goes on with what `state` returned when the run was stopped.
+
+        Args:
+          steps: the last step.
+          diverged_after: see divergence.LossWatch.
+          state: from a checkpoint, or None.
+        """
         self._steps = steps
-        self._before = interval
+        self._watch = LossWatch(diverged_after, state["watch"] if state else None)
+        self._watched = 0  # how many of `_metrics` the watch has seen
+        # Metrics of the steps since the last report before the run was stopped.
+        self._before: list[dict[str, float]] = state["interval"] if state else []
         self._metrics: list[dict[str, jax.Array]] = []
         self._documents: list[tuple[str, ...]] = []
         self._data_wait = 0.0
@@ -33,26 +41,39 @@ class Progress:
         self._data_wait += data_wait
 
     def interval(self) -> list[dict[str, float]]:
-        """Waits for the metrics of the steps since the last report, and returns them.
+        """Waits for the metrics of the steps since the last report, looks them over and returns them.
 
         Raises:
-          Halted: one of those steps had a loss or gradient that is not finite.
+          Stopped: a step was not finite and may not be skipped, or the loss has diverged.
         """
         known = jax.device_get(self._metrics)
-        for metrics, documents in zip(known, self._documents, strict=True):
+        for metrics, documents in list(zip(known, self._documents, strict=True))[self._watched :]:
+            step, loss = int(metrics["step"]), float(metrics["loss"])
             if int(metrics["halted_at"]) != RUNNING:
-                raise Halted(int(metrics["halted_at"]), float(metrics["loss"]), documents)
+                raise Halted(int(metrics["halted_at"]), loss, documents)
+            if metrics["skipped"]:
+                print(f"step {step} is not finite and was skipped; its documents: {named(documents)}", flush=True)
+            else:
+                self._watch.see(step, loss, documents)
+        self._watched = len(known)
         return self._before + [{name: float(value) for name, value in metrics.items()} for metrics in known]
+
+    def state(self) -> dict[str, Any]:
+        """Waits for the interval's metrics, and returns what a resumed run needs of this one, as plain JSON.
+
+        Raises:
+          Stopped: see `interval`.
+        """
+        return {"interval": self.interval(), "watch": self._watch.state()}
 
     def report(self, step: int, learning_rate: float, rejected: dict[str, int]) -> dict[str, float]:
         """Waits for the interval's metrics, prints a line and returns the scalars to write.
 
         Raises:
-          Halted: see `interval`.
+          Stopped: see `interval`.
         """
         interval = self.interval()
-        parts = [Interval.single_from_model_output(**{name: m[name] for name in AVERAGED}) for m in interval]
-        means = {name: float(value) for name, value in functools.reduce(Interval.merge, parts).compute().items()}
+        means = averages([metrics for metrics in interval if not metrics["skipped"]] or interval)
         now = time.monotonic()
         seconds = now - self._since
         fresh = interval[len(self._before) :]
@@ -68,8 +89,10 @@ class Progress:
         self._before = []
         self._metrics.clear()
         self._documents.clear()
+        self._watched = 0
         self._data_wait, self._since = 0.0, now
         scalars = {f"train/{name}": value for name, value in means.items()}
+        scalars["train/skipped"] = sum(metrics["skipped"] for metrics in interval)
         bad = {f"data/rejected/{reason}": float(count) for reason, count in rejected.items()}
         return {**scalars, "train/learning_rate": learning_rate, **speed, **bad}
 
@@ -83,11 +106,18 @@ class Progress:
         )
 
 
-class Halted(UserError):
-    """A step whose numbers are not finite; the parameters are those before it."""
-
-    def __init__(self, step: int, loss: float, documents: tuple[str, ...]):
-        self.step = step
-        self.documents = documents
-        named = ", ".join(documents[:8]) + (f" and {len(documents) - 8} more" if len(documents) > 8 else "")
-        super().__init__(f"the loss or its gradient is not finite at step {step} (loss {loss}); its documents: {named}")
+def averages(interval: list[dict[str, float]]) -> dict[str, float]:
+    """Returns the means over some steps of the metrics that have one, the norms of each part among them."""
+    # clu makes a dataclass field of each name, which may hold no slash.
+    fields = {
+        name.replace("/", "__"): name
+        for name in interval[0]
+        if name in AVERAGED or name.startswith(("grad_norm/", "update_norm/"))
+    }
+    collection = clu_metrics.Collection.create(**{field: clu_metrics.Average.from_output(field) for field in fields})
+    parts = [
+        collection.single_from_model_output(**{field: step[name] for field, name in fields.items()})
+        for step in interval
+    ]
+    means = functools.reduce(collection.merge, parts).compute()
+    return {name: float(means[field]) for field, name in fields.items()}

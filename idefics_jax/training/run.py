@@ -101,7 +101,13 @@ def assemble(config: TrainConfig, mesh: Mesh) -> tuple[Run, dict[str, Any], dict
     state_places = sharding.tree_shardings(mesh, state_axes(state_shapes, trainable_axes), rules)
     frozen_places = sharding.tree_shardings(mesh, quantize.axes(axes, frozen), rules)
     step = make_train_step(
-        model, optimizer, spec, accumulation=config.accumulation, chunk=config.loss_chunk, seed=config.seed
+        model,
+        optimizer,
+        spec,
+        accumulation=config.accumulation,
+        chunk=config.loss_chunk,
+        seed=config.seed,
+        max_skipped=config.max_skipped_steps,
     )
     run = Run(
         config=config,

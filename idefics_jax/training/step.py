@@ -1,11 +1,14 @@
 """The training step: one jitted function from state and batch to the next state.
 
-    state = {"trainable": {"params": ..., "adapters": ...}, "opt_state": ..., "step": int32 [], "halted_at": int32 []}
+    state = {"trainable": {"params": ..., "adapters": ...}, "opt_state": ...,
+             "step": int32 [], "skipped": int32 [], "halted_at": int32 []}
 
 (`trainable` holds only those of its two trees that have a leaf.) Trainable leaves are float32 masters; frozen
-parameters are an argument of their own and are never donated, copied or given optimizer state. A step whose loss or
-gradient is not finite changes nothing and sets `halted_at`; from then on every step is a no-op, so the host may look
-at the numbers late, without a sync in each step.
+parameters are an argument of their own and are never donated, copied or given optimizer state.
+
+A step whose loss or gradient is not finite changes neither parameters nor moments. It is skipped (it counts as a step,
+so data and schedule move on) until `max_skipped` have been; the next one sets `halted_at`, and from then on every step
+is a no-op, so the host may look at the numbers late, without a sync in each step.
 """
 
 from collections.abc import Callable, Sequence
@@ -58,6 +61,7 @@ def make_train_step(
     accumulation: int,
     chunk: int,
     seed: int,
+    max_skipped: int,
 ) -> Callable[[State, Any, Batch], tuple[State, dict[str, jax.Array]]]:
     """Builds `step(state, frozen, batch) -> (state, metrics)`, to be jitted with the state donated.
 
@@ -70,9 +74,11 @@ def make_train_step(
       chunk: positions whose logits exist at once.
       seed: of dropout and of the noise on embeddings; they depend on it and on the number of the step alone, so that a
         resumed run repeats them.
+      max_skipped: steps of a run that may be skipped as not finite before it halts.
 
     Returns:
-      The step. Metrics are scalars: loss, accuracy, grad_norm, update_norm, halted_at, and those of batch_counts.
+      The step. Metrics are scalars: step, loss, accuracy, skipped (whether this step was), halted_at, grad_norm and
+      update_norm, both also by part of the model, and those of batch_counts.
     """
 
     def loss_fn(trainable, frozen, batch, total, rng):
@@ -101,20 +107,36 @@ def make_train_step(
     def step(state: State, frozen: Any, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         rng = jax.random.fold_in(jax.random.key(seed), state["step"])
         (loss, accuracy), grads = gradients(state["trainable"], frozen, batch, rng)
+        grad_norms = norms(grads, "grad_norm")
+        running = state["halted_at"] == RUNNING
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norms["grad_norm"])
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["trainable"])
-        grad_norm, update_norm = optax.tree.norm(grads), optax.tree.norm(updates)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
-        running = (state["halted_at"] == RUNNING) & finite
         new = {"trainable": optax.apply_updates(state["trainable"], updates), "opt_state": opt_state}
-        old = {name: state[name] for name in new}
-        new = jax.tree.map(lambda a, b: jnp.where(running, a, b), new, old)
-        new["step"] = state["step"] + running.astype(jnp.int32)
-        halt = jnp.where(state["halted_at"] == RUNNING, state["step"], state["halted_at"])
-        new["halted_at"] = jnp.where(running, RUNNING, halt)
-        metrics = {"loss": loss, "accuracy": accuracy, "grad_norm": grad_norm, "update_norm": update_norm}
-        return new, {**metrics, "halted_at": new["halted_at"], **batch_counts(batch)}
+        # Decided before the update is known, so that one pass over the state makes and keeps it.
+        new = jax.tree.map(lambda a, b: jnp.where(running & finite, a, b), new, {name: state[name] for name in new})
+        skipped = state["skipped"] + (running & ~finite)
+        update_norms = norms(updates, "update_norm")
+        # A finite gradient that gives an update which is not leaves nothing to go on from.
+        broken = finite & ~jnp.isfinite(update_norms["update_norm"])
+        halts = running & ((skipped > max_skipped) | broken)
+        new["step"] = state["step"] + (running & ~halts)
+        new["skipped"] = skipped
+        new["halted_at"] = jnp.where(halts, state["step"], state["halted_at"])
+        metrics = {"step": state["step"], "loss": loss, "accuracy": accuracy, "skipped": running & ~finite & ~halts}
+        return new, {**metrics, "halted_at": new["halted_at"], **grad_norms, **update_norms, **batch_counts(batch)}
 
     return step
+
+
+def norms(trainable: dict[str, Any], name: str) -> dict[str, jax.Array]:
+    """Returns the norm of a tree like `trainable`, and as `name/part` that of each part of the model."""
+    parts = sorted({part for tree in trainable.values() for part in tree})
+    squares = {
+        part: sum(jnp.square(optax.tree.norm(tree[part])) for tree in trainable.values() if part in tree)
+        for part in parts
+    }
+    by_part = {f"{name}/{part}": jnp.sqrt(square) for part, square in squares.items()}
+    return {name: jnp.sqrt(sum(squares.values())), **by_part}
 
 
 def batch_counts(batch: Batch) -> dict[str, jax.Array]:
@@ -135,6 +157,7 @@ def init_state(trainable: dict[str, Any], optimizer: optax.GradientTransformatio
         "trainable": trainable,
         "opt_state": optimizer.init(trainable),
         "step": jnp.zeros((), jnp.int32),
+        "skipped": jnp.zeros((), jnp.int32),
         "halted_at": jnp.full((), RUNNING, jnp.int32),
     }
 

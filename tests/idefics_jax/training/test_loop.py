@@ -18,7 +18,6 @@ from idefics_jax.errors import UserError
 from idefics_jax.param_transforms import paths
 from idefics_jax.training.config import TrainConfig
 from idefics_jax.training.loop import RUN_FILE, check_same_run, record_run, train
-from idefics_jax.training.progress import Halted, Progress
 
 LEARNT = ("train/loss", "train/accuracy", "train/grad_norm", "train/token_fill", "train/patch_fill")
 
@@ -147,15 +146,6 @@ def test_a_work_directory_that_is_a_file_is_refused(values, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file is a file; give a folder"):
         run(values, tmp_path / "file")
-
-
-def test_an_interval_with_a_step_that_is_not_finite_is_never_handed_to_a_checkpoint():
-    progress = Progress(10, [{"loss": 1.0}])
-    progress.add({"loss": np.float32(2.0), "halted_at": np.int32(-1)}, ("a",), 0.0)
-    assert progress.interval() == [{"loss": 1.0}, {"loss": 2.0, "halted_at": -1.0}]
-    progress.add({"loss": np.float32("nan"), "halted_at": np.int32(3)}, ("b",), 0.0)
-    with pytest.raises(Halted, match="not finite at step 3 .*its documents: b"):
-        progress.interval()
 
 
 def test_a_model_that_does_not_fit_the_processor_is_refused(values, tmp_path):

@@ -12,7 +12,7 @@ from idefics_jax.models.idefics2 import Idefics2
 from idefics_jax.param_transforms import lora, partition, paths
 from idefics_jax.param_transforms.partition import Rule
 from idefics_jax.training.optimizer import OptimizerConfig, make_optimizer
-from idefics_jax.training.step import init_state, make_train_step
+from idefics_jax.training.step import init_state, make_train_step, norms
 from tests.idefics_jax import tiny
 
 OPTIMIZER = OptimizerConfig(
@@ -50,7 +50,9 @@ def parts(variant: str):
 def setup(variant: str, accumulation: int, name: str = "adamw"):
     trainable, frozen, spec, chosen = parts(variant)
     optimizer = make_optimizer(OptimizerConfig(**{**vars(OPTIMIZER), "name": name}), trainable, chosen, 100)
-    step = jax.jit(make_train_step(tiny.MODEL, optimizer, spec, accumulation=accumulation, chunk=8, seed=0))
+    step = jax.jit(
+        make_train_step(tiny.MODEL, optimizer, spec, accumulation=accumulation, chunk=8, seed=0, max_skipped=0)
+    )
     return step, init_state(trainable, optimizer), frozen
 
 
@@ -91,7 +93,7 @@ def test_bf16_arithmetic_keeps_float32_masters():
     frozen = jax.tree.map(lambda x: x.astype(jnp.bfloat16), frozen)
     optimizer = make_optimizer(OptimizerConfig(**{**vars(OPTIMIZER), "learning_rate": 1e-5}), trainable, chosen, 100)
     model = Idefics2(tiny.CONFIG, dtype=jnp.bfloat16)
-    step = jax.jit(make_train_step(model, optimizer, SPEC, accumulation=1, chunk=8, seed=0))
+    step = jax.jit(make_train_step(model, optimizer, SPEC, accumulation=1, chunk=8, seed=0, max_skipped=0))
     state, metrics = step(init_state(trainable, optimizer), frozen, tiny.batch(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(state["trainable"])} == {jnp.dtype("float32")}
     kernel = state["trainable"]["params"]["connector"]["modality_projection"]["up_proj"]["kernel"]
@@ -141,6 +143,47 @@ def test_a_step_that_is_not_finite_changes_nothing_and_stops_those_after_it():
         assert int(stopped["step"]) == 1
         for name in ("trainable", "opt_state"):
             jax.tree.map(np.testing.assert_array_equal, stopped[name], state[name])
+
+
+def test_a_skipped_step_counts_but_changes_nothing_until_too_many_are_skipped():
+    trainable, frozen, spec, chosen = parts("frozen")
+    optimizer = make_optimizer(OPTIMIZER, trainable, chosen, 100)
+    step = jax.jit(make_train_step(tiny.MODEL, optimizer, spec, accumulation=1, chunk=8, seed=0, max_skipped=1))
+    state, _ = step(init_state(trainable, optimizer), frozen, tiny.batch(0))
+    bad = jax.tree.map(lambda x: x.at[0].set(jnp.nan), frozen)
+    skipped, metrics = step(state, bad, tiny.batch(1))
+    assert (int(skipped["step"]), int(skipped["skipped"]), int(skipped["halted_at"])) == (2, 1, -1)
+    assert bool(metrics["skipped"])
+    for name in ("trainable", "opt_state"):
+        jax.tree.map(np.testing.assert_array_equal, skipped[name], state[name])
+    going, metrics = step(skipped, frozen, tiny.batch(2))
+    assert np.isfinite(metrics["loss"])
+    assert not metrics["skipped"]
+    halted, metrics = step(going, bad, tiny.batch(3))
+    assert (int(halted["step"]), int(halted["halted_at"])) == (3, 3)
+    assert not metrics["skipped"], "a step that halts the run is not one that was skipped"
+
+
+def test_an_update_that_is_not_finite_halts_the_run():
+    trainable, frozen, spec, chosen = parts("frozen")
+    optimizer = optax.scale(float("inf"))
+    step = jax.jit(make_train_step(tiny.MODEL, optimizer, spec, accumulation=1, chunk=8, seed=0, max_skipped=9))
+    halted, metrics = step(init_state(trainable, optimizer), frozen, tiny.batch(0))
+    assert np.isfinite(metrics["grad_norm"])
+    assert int(halted["halted_at"]) == 0
+
+
+def test_norms_are_told_by_part_with_adapters_counted_with_theirs():
+    tree = {
+        "params": {"connector": {"a": jnp.full(4, 3.0)}},
+        "adapters": {"connector": {"b": jnp.full(1, 8.0)}, "text_model": {"c": jnp.full(9, 1.0)}},
+    }
+    found = {name: float(value) for name, value in norms(tree, "grad_norm").items()}
+    assert found == {
+        "grad_norm": pytest.approx(109**0.5),
+        "grad_norm/connector": pytest.approx(10.0),
+        "grad_norm/text_model": pytest.approx(3.0),
+    }
 
 
 def test_metrics_count_what_the_batch_holds():
