@@ -1,5 +1,6 @@
 """A model's parameter tree: its shapes, logical axes and places without its arrays, and how it starts at random."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +29,7 @@ def boxed_params(config: Idefics2Config, rng: jax.Array) -> dict[str, Any]:
     return Idefics2(config).init(rng, probe_batch(config), method=Idefics2.full_logits)["params"]
 
 
+@functools.cache  # tracing the whole model takes longer than most of what asks for its shapes
 def abstract_params(config: Idefics2Config) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the parameters as float32 ShapeDtypeStructs, and their logical axes; nothing is allocated."""
     boxed = jax.eval_shape(lambda: boxed_params(config, jax.random.key(0)))
