@@ -84,7 +84,7 @@ def encoded_size(candidate: Candidate | Rejected) -> int:
     """Returns about how many bytes it takes to keep a document encoded."""
     if isinstance(candidate, Rejected):
         return _OBJECT_BYTES
-    return _OBJECT_BYTES + 5 * candidate.sizes.tokens + sum(map(len, candidate.encoded.images))
+    return _OBJECT_BYTES + 5 * candidate.sizes.tokens + sum(len(image.data) for image in candidate.encoded.images)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,10 +224,11 @@ class _DecodeIterator(grain.DatasetIterator):
         self._undecodable = collections.Counter(json.loads(state["undecodable"]))
 
     def _decode_row(self, row: tuple) -> list[tuple[Candidate, tuple, list[np.ndarray] | Rejected]]:
-        return [
-            (candidate, slots, self._cache.get(candidate.name, lambda it=candidate: self._decode(it), _patch_bytes))
-            for candidate, slots in row
-        ]
+        def patches(candidate: Candidate) -> list[np.ndarray] | Rejected:
+            how = tuple((image.split, image.upscale) for image in candidate.encoded.images)
+            return self._cache.get((candidate.name, how), lambda: self._decode(candidate), _patch_bytes)
+
+        return [(candidate, slots, patches(candidate)) for candidate, slots in row]
 
     def _decode(self, candidate: Candidate) -> list[np.ndarray] | Rejected:
         try:

@@ -43,7 +43,7 @@ def parts(row: dict[str, Any], image_root: str | None) -> tuple[Part, ...]:
     """
     if not row["texts"]:
         raise BadRow("no-turns", "it has no turns; a conversation needs a question and an answer")
-    images = tuple(_image(image, image_root) for image in row["images"] or ())
+    images = tuple(stored_image(image, image_root) for image in row["images"] or ())
     document: list[Part] = [Text("User:" if images else "User: ", trained=False), *images]
     for i, turn in enumerate(row["texts"]):
         if turn is None or turn["user"] is None or not turn["assistant"]:
@@ -68,7 +68,8 @@ def piece(row: dict[str, Any], first: int, end: int) -> dict[str, Any]:
     return {**row, "texts": row["texts"][first:end]}
 
 
-def _image(image: dict[str, Any] | None, image_root: str | None) -> Image:
+def stored_image(image: dict[str, Any] | None, image_root: str | None) -> Image:
+    """Returns an image that a row holds as bytes or as a path; raises BadRow."""
     if image is not None and image["bytes"] is not None:
         return Image(image["bytes"])
     if image is None or image["path"] is None:

@@ -45,6 +45,10 @@ class EpochOrder:
         place = int(np.searchsorted(starts, position, side="right")) - 1
         return int(groups[place]), int(position - starts[place])
 
+    def epoch(self, index: int) -> int:
+        """Returns the epoch of the index-th row."""
+        return index // self._length
+
     def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the epoch's order of row groups, and the position of each one's first row."""
         groups = np.random.default_rng((self._seed, epoch)).permutation(len(self._group_rows))

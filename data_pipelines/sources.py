@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from data_pipelines import cauldron, cutting, obelics, pairs, parquet
+from data_pipelines import cauldron, cutting, messages, obelics, pages, pairs, parquet
+from data_pipelines.augmentation import Augmentation
 from data_pipelines.cache import Cache
 from data_pipelines.order import EpochOrder
 from data_pipelines.rejection import BadRow, Rejected
@@ -17,7 +18,9 @@ from idefics_jax.documents import Document
 from idefics_jax.errors import UserError
 
 # Kind -> the module that knows its schema and turns its rows into documents.
-KINDS = {"cauldron": cauldron, "obelics": obelics, "pairs": pairs}
+KINDS = {"cauldron": cauldron, "obelics": obelics, "pairs": pairs, "pdf": pages, "text": messages}
+# The rows of these are conversations of The Cauldron's form.
+CONVERSATIONS = ("cauldron",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,11 +29,12 @@ class SourceConfig:
 
     Attributes:
       name: what its documents are called in messages and counts.
-      kind: the schema of its files: cauldron, obelics or pairs.
+      kind: the schema of its files, a name in KINDS.
       paths: parquet files, as paths or globs.
       weight: its share of the documents, relative to the other sources' weights.
       image_root: folder of the images that rows name instead of holding (OBELICS); None if there are none.
       window: row groups whose rows are shuffled together; twice as many may be in memory at once.
+      augmentation: what chance changes about its documents.
     """
 
     name: str
@@ -39,6 +43,7 @@ class SourceConfig:
     weight: float = 1.0
     image_root: str | None = None
     window: int = 4
+    augmentation: Augmentation = Augmentation()
 
     def __post_init__(self):
         where = f"source {self.name!r}"
@@ -48,6 +53,8 @@ class SourceConfig:
             raise UserError(f"{where}: paths is empty; name its parquet files")
         if not 0 < self.weight < float("inf"):
             raise UserError(f"{where}: weight is {self.weight!r}; it must be a positive number")
+        if self.augmentation.shuffle_turns and self.kind not in CONVERSATIONS:
+            raise UserError(f"{where}: shuffle_turns is for kind {' or '.join(CONVERSATIONS)}, not {self.kind!r}")
         if self.window < 1:
             raise UserError(f"{where}: window is {self.window!r}; it must be at least 1 row group")
 
@@ -87,6 +94,7 @@ class DocumentSource:
         self._prepare = prepare
         self._prepared_size = prepared_size
         self._cache = cache
+        self._seed = seed
         self._rows = _open_rows(config)
         if self._rows.group_rows.sum() < shard_count:
             raise UserError(
@@ -110,19 +118,25 @@ class DocumentSource:
         return sys.maxsize
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
-        place = self._order(index)
+        place, random = self._order(index), self._config.augmentation.is_random
+        seed = (self._seed, self._order.epoch(index) if random else 0, *place)
+        if random:
+            return self._make(*place, seed)
         size = functools.partial(_total, self._prepared_size)
-        return self._cache.get((self._config, place), lambda: self._make(*place), size)
+        return self._cache.get((self._config, place), lambda: self._make(*place, seed), size)
 
-    def _make(self, group: int, row: int) -> tuple[Any, ...]:
+    def _make(self, group: int, row: int, seed: tuple[int, ...]) -> tuple[Any, ...]:
         values = _values(self._config, self._rows, group, row)
         if isinstance(values, Rejected):
             return (values,)
-        name, kind = self._rows.name(group, row), KINDS[self._config.kind]
+        augmentation, kind = self._config.augmentation, KINDS[self._config.kind]
+        values, name = augmentation.of_row(values, np.random.default_rng(seed)), self._rows.name(group, row)
 
         def make(values: dict[str, Any], name: str) -> Any:
             document = _document(self._config, values, name)
-            return document if isinstance(document, Rejected) else self._prepare(document)
+            if isinstance(document, Rejected):
+                return document
+            return self._prepare(augmentation.of_document(document, np.random.default_rng((*seed, 1))))
 
         whole = make(values, name)
         if not cutting.is_too_large(whole) or kind.units(values) < 2:

@@ -25,6 +25,7 @@ import jax
 import numpy as np
 
 from idefics_jax import images
+from idefics_jax.documents import Image
 
 Batch = dict[str, Any]
 
@@ -63,13 +64,13 @@ class Encoded:
     Attributes:
       tokens: int32 [n].
       trained: bool [n], whether the token counts as a target; never true for image tokens and `<s>`.
-      images: the encoded bytes of each image, in reading order.
+      images: each image as it is stored, in reading order.
       grids: (rows, columns) of patches of every image after splitting, in the order of their tokens.
     """
 
     tokens: np.ndarray
     trained: np.ndarray
-    images: tuple[bytes, ...]
+    images: tuple[Image, ...]
     grids: tuple[tuple[int, int], ...]
 
 

@@ -17,9 +17,17 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Image:
-    """An image as it was stored: JPEG, PNG, WebP or GIF bytes, decoded only after packing."""
+    """An image as it was stored: JPEG, PNG, WebP or GIF bytes, decoded only after packing.
+
+    Attributes:
+      data: the bytes.
+      split: whether it is read as its four quarters and the whole; None leaves it to the processor.
+      upscale: factor by which it is enlarged before the processor's rules see it.
+    """
 
     data: bytes
+    split: bool | None = None
+    upscale: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -79,17 +79,20 @@ def image_size(data: bytes, rules: ImageRules) -> tuple[int, int]:
     return (height, width) if image_gate.swaps_sides(image_gate.transpose_of(image)) else (width, height)
 
 
-def patch_grids(data: bytes, rules: ImageRules) -> list[tuple[int, int]]:
-    """Returns (rows, columns) of patches of each image this one becomes, from its header; raises RejectedImage."""
+def patch_grids(data: bytes, rules: ImageRules, upscale: float = 1.0) -> list[tuple[int, int]]:
+    """Returns (rows, columns) of patches of each image this one becomes, from its header; raises RejectedImage.
+
+    `upscale` enlarges the image before the rules see its size.
+    """
     grids = []
     for left, top, right, bottom in _pieces(*image_size(data, rules), rules):
-        width, height = _resized(right - left, bottom - top, rules)
+        width, height = _resized(right - left, bottom - top, rules, upscale)
         grids.append((height // rules.patch_size, width // rules.patch_size))
     return grids
 
 
-def image_patches(data: bytes, rules: ImageRules) -> list[np.ndarray]:
-    """Decodes an image and cuts it into patches.
+def image_patches(data: bytes, rules: ImageRules, upscale: float = 1.0) -> list[np.ndarray]:
+    """Decodes an image and cuts it into patches; `upscale` as in `patch_grids`.
 
     Returns:
       One uint8 [rows * columns, patch_size**2 * 3] for each entry of `patch_grids`, in its order: patches in reading
@@ -102,7 +105,7 @@ def image_patches(data: bytes, rules: ImageRules) -> list[np.ndarray]:
     patches = []
     for box in _pieces(*image.size, rules):
         piece = image.crop(box)
-        piece = piece.resize(_resized(*piece.size, rules), PIL.Image.Resampling.BILINEAR)
+        piece = piece.resize(_resized(*piece.size, rules, upscale), PIL.Image.Resampling.BILINEAR)
         patches.append(_cut(np.asarray(piece), rules.patch_size))
     return patches
 
@@ -145,8 +148,10 @@ def _halves(length: int) -> tuple[tuple[int, int], tuple[int, int]]:
     return ((0, middle), (middle, length)) if middle else ((0, 1), (0, 1))
 
 
-def _resized(width: int, height: int, rules: ImageRules) -> tuple[int, int]:
+def _resized(width: int, height: int, rules: ImageRules, upscale: float) -> tuple[int, int]:
     """Returns (width, height) after resizing, rounded as the reference rounds."""
+    if upscale != 1.0:
+        width, height = round(width * upscale), round(height * upscale)
     aspect = width / height
     longest = rules.longest_edge
     if width >= height and width > longest:

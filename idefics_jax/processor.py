@@ -5,6 +5,7 @@ A document becomes ids part by part. Text is encoded alone; the control tokens (
 forge one. The ids are nevertheless those the reference finds in its one flat string.
 """
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -51,14 +52,15 @@ class Processor:
         tokens: list[int] = [self.tokenizer.bos_id] if add_bos else []
         trained: list[bool] = [False] * len(tokens)
         grids: list[tuple[int, int]] = []
-        images: list[bytes] = []
+        images: list[Image] = []
         previous = None
         for run in _runs(parts):
             if isinstance(run, Image):
-                ids = self._image_ids(previous)
+                rules = self._rules(run)
+                ids = self._image_ids(previous, rules)
                 flags = [False] * len(ids)
-                images.append(run.data)
-                grids += images_lib.patch_grids(run.data, self.image_rules)
+                images.append(run)
+                grids += images_lib.patch_grids(run.data, rules, run.upscale)
             elif isinstance(run, EndOfUtterance):
                 ids, flags = [self.tokenizer.end_of_utterance_id], [run.trained]
             else:
@@ -73,7 +75,11 @@ class Processor:
 
     def patches(self, encoded: Encoded) -> list[np.ndarray]:
         """Decodes a document's images: uint8 [rows * columns, C] for each of `encoded.grids`; raises RejectedImage."""
-        return [cut for data in encoded.images for cut in images_lib.image_patches(data, self.image_rules)]
+        return [
+            cut
+            for image in encoded.images
+            for cut in images_lib.image_patches(image.data, self._rules(image), image.upscale)
+        ]
 
     def __call__(
         self, documents: Sequence[Sequence[Part]], *, pad_side: str, shape: BatchShape | None = None
@@ -115,11 +121,14 @@ class Processor:
         """Returns the text of ids, without special tokens."""
         return self.tokenizer.decode(ids)
 
-    def _image_ids(self, previous: int | None) -> list[int]:
+    def _rules(self, image: Image) -> ImageRules:
+        return self.image_rules if image.split is None else dataclasses.replace(self.image_rules, split=image.split)
+
+    def _image_ids(self, previous: int | None, rules: ImageRules) -> list[int]:
         """A fake token before, between and after the images; an image that touches another shares the first."""
         fake = self.tokenizer.fake_token_id
         between = [self.tokenizer.image_token_id] * self.num_latents + [fake]
-        return ([] if previous == fake else [fake]) + between * self.image_rules.images_per_image
+        return ([] if previous == fake else [fake]) + between * rules.images_per_image
 
     def _text_ids(self, texts: list[Text], previous: int | None) -> tuple[list[int], list[bool]]:
         """Encodes neighbouring texts as one; `previous` is the token before them, None where they open the document."""

@@ -1,0 +1,52 @@
+"""Conversations without images, as chat data sets hold them: `messages: list<struct{role, content}>`.
+
+Roles are user and assistant in turn; a system message is read as the beginning of the first question. Text and loss are
+those of The Cauldron's conversations (cauldron.py), and so is where a long one is cut.
+"""
+
+from typing import Any
+
+import pyarrow as pa
+
+from data_pipelines import cauldron
+from data_pipelines.rejection import BadRow
+from idefics_jax.documents import Part
+
+SCHEMA = pa.schema([("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])))])
+NEEDED = (SCHEMA,)
+
+
+def parts(row: dict[str, Any], image_root: str | None) -> tuple[Part, ...]:
+    """Turns a row into the parts of a document.
+
+    Raises:
+      BadRow: the messages are not questions and answers in turn, or one is empty.
+    """
+    return cauldron.parts({"images": (), "texts": _turns(row)}, image_root)
+
+
+def units(row: dict[str, Any]) -> int:
+    """Returns the number of turns: where a long conversation may be cut."""
+    return len(_turns(row))
+
+
+def piece(row: dict[str, Any], first: int, end: int) -> dict[str, Any]:
+    """Returns the conversation of turns [first, end)."""
+    spoken = [
+        {"role": role, "content": turn[role]} for turn in _turns(row)[first:end] for role in ("user", "assistant")
+    ]
+    return {"messages": spoken}
+
+
+def _turns(row: dict[str, Any]) -> list[dict[str, str]]:
+    messages = [message or {"role": None, "content": None} for message in row["messages"] or ()]
+    system = ""
+    if messages and messages[0]["role"] == "system":
+        system = f"{messages.pop(0)['content']}\n"
+    roles = [message["role"] for message in messages]
+    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+        raise BadRow("roles", f"its roles are {roles[:6]}; user and assistant must take turns, the assistant last")
+    texts = [message["content"] for message in messages]
+    if texts[0] is not None:
+        texts[0] = system + texts[0]
+    return [{"user": user, "assistant": answer} for user, answer in zip(texts[::2], texts[1::2], strict=True)]
