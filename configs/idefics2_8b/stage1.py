@@ -1,0 +1,197 @@
+"""Idefics2-8B, first pretraining stage: images of at most 384 pixels, web pages and image-text pairs.
+
+    python -m idefics_jax.train --config configs/idefics2_8b/stage1.py --plan
+    python -m idefics_jax.train --config configs/idefics2_8b/stage1.py --workdir work/idefics2_8b/stage1
+
+The four stages one after another: `python -m launch.recipes`. Each begins with what this file returns and changes what
+differs.
+
+Where a value comes from stands behind it: "paper" is arXiv 2405.02246; "code" is the authors' published training code,
+in its later SmolVLM state, so its values are their habit and not proof of what Idefics2 used; "ours" is our choice, as
+neither says.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+WORKDIR = "work/idefics2_8b"
+DATA = "data"
+WEIGHTS = "weights"
+
+# Share of each kind among the packed sequences (paper), and how many documents fill a sequence (ours), as a source's
+# weight is a share of documents. OBELICS has 115 B tokens and 353 M images on 141 M pages: 816 tokens and 2.5 images of
+# 66 each, so 2.1 pages in 2,048. A pair is some 20 tokens and an image, so 17 in the paper's 1,536. Together they give
+# 8.8 images and 1,300 tokens of text a sequence in this stage, where the paper tells 8.3 and 1,220.
+SHARES = {"obelics": 0.70, "pairs": 0.30}
+DOCUMENTS_A_SEQUENCE = {"obelics": 2.1, "pairs": 17.0, "pdf": 1.0}
+IMAGE_SIDE = 27  # patches: what 378 to 384 pixels hold
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0
+    config.steps = 80_000  # code: the checkpoint that stage 2 began from
+    # Any Idefics2 folder; its tokenizer is Mistral's and three control tokens.
+    config.processor = f"{WEIGHTS}/idefics2-8b-base"
+    # 384 at most (paper), 378 at least (code): every image becomes 27 x 27 patches, as SigLIP was trained.
+    config.image_rules = {"longest_edge": 384, "shortest_edge": 378, "positions_per_side": IMAGE_SIDE, "split": False}
+    config.init_from = placeholder(str)
+    config.init_parts = {  # paper
+        "vision_model": f"{WEIGHTS}/siglip-so400m-patch14-384",
+        "text_model": f"{WEIGHTS}/Mistral-7B-v0.1",
+    }
+    config.model = model(positions_a_side=IMAGE_SIDE, vocab_size=32_002)
+    config.resize_positions = False
+    # Rows of <fake_token_around_image> and <image>: normal, 1/64 (code). The connector starts as its layers say:
+    # sqrt(0.4 / width), latents 1/64 (code).
+    config.grow_vocabulary = "normal"
+    config.init_std = ()
+    config.dtype = "bfloat16"  # code
+    # Ours: adapters are merged into the base between stages, and bfloat16 would round most of what they add away.
+    config.frozen_dtype = "float32"
+    config.remat = "full"  # code: gradient checkpointing
+    config.loss_chunk = 512  # ours
+    config.accumulation = 4  # ours: 512 rows at a time; the batch is `data.shape.rows`
+    config.partition = partition()
+    config.quantize = ()
+    config.lora = lora(dora=False)
+    config.new_rows = 2  # code: the rows of the two new tokens train, the old ones stay
+    config.neftune_alpha = 0.0
+    config.optimizer = optimizer()
+    config.max_skipped_steps = 10  # ours
+    config.diverged_after = 100  # ours
+    config.data = data()
+    config.mesh = {"data": -1, "fsdp": 64}  # ours: 64 divides both widths, 1,152 and 4,096
+    config.sharding = "fsdp"
+    config.log_every = 10
+    config.checkpoint_every = 500
+    config.keep_checkpoints = 3
+    return config
+
+
+def model(*, positions_a_side: int, vocab_size: int) -> ConfigDict:
+    """The sections of a Hugging Face config.json: the released model's, at a stage's positions and vocabulary."""
+    return ConfigDict(
+        {
+            "vision_config": {  # SigLIP-SO400M/14
+                "hidden_size": 1152,
+                "intermediate_size": 4304,
+                "num_hidden_layers": 27,
+                "num_attention_heads": 16,
+                "patch_size": 14,
+                "image_size": 14 * positions_a_side,
+            },
+            "perceiver_config": {
+                "hidden_size": 4096,
+                "resampler_n_latents": 64,
+                "resampler_depth": 3,
+                "resampler_n_heads": 16,
+                "resampler_head_dim": 96,
+                "num_key_value_heads": 4,
+                "rms_norm_eps": 1e-5,  # code; transformers computes the released weights with its default of 1e-6
+            },
+            "text_config": {  # Mistral-7B-v0.1
+                "vocab_size": vocab_size,
+                "hidden_size": 4096,
+                "intermediate_size": 14336,
+                "num_hidden_layers": 32,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 8,
+                "max_position_embeddings": 32768,
+                "rms_norm_eps": 1e-5,
+                "rope_theta": 10000.0,
+                "sliding_window": 4096,
+            },
+        }
+    )
+
+
+def lora(*, dora: bool) -> ConfigDict:
+    """Adapters of the pretrained parts: 205 M parameters, the 200 M that the authors tell of their next paper."""
+    # Rank, alpha, dropout, start and targets: code. The paper tells only that LoRA (later DoRA) adapts both backbones.
+    adapter = {"rank": 64, "alpha": 16.0, "dropout": 0.1, "dora": dora, "init": "gaussian"}
+    return ConfigDict(
+        {
+            "vision": {
+                "pattern": "vision_model/encoder/layers/(self_attn/(q|k|v|out)_proj|mlp/fc[12])",
+                **adapter,
+            },
+            "text": {"pattern": "text_model/layers/.*_proj", **adapter},
+            "head": {"pattern": "text_model/lm_head", **adapter},
+        }
+    )
+
+
+def partition() -> tuple[tuple, ...]:
+    """What trains: new weights in full, pretrained ones through their adapters (paper)."""
+    # The code decays everything by 0.1 but biases, norms, gates and the whole resampler. Biases and norms of the
+    # pretrained parts do not train here: the SmolVLM runs unfroze them, the paper speaks of LoRA and new weights alone.
+    return (
+        # pattern, state, factor of the learning rate, weight decay
+        (".*/lora_[AB]", "trainable", 1.0, 0.1),
+        (".*/new_rows", "trainable", 1.0, 0.1),
+        ("connector/modality_projection/.*", "trainable", 1.0, 0.1),
+        ("connector/perceiver_resampler/.*", "trainable", 1.0, 0.0),
+        (".*", "frozen"),
+    )
+
+
+def optimizer() -> ConfigDict:
+    return ConfigDict(
+        {
+            "name": "adamw",  # paper
+            "learning_rate": 1e-4,  # paper
+            "muon_learning_rate": 1e-4,  # not read
+            "schedule": "constant",  # code: linear to 0 over 500,000 steps, of which a sixth was run
+            "warmup_steps": 2000,  # code
+            "b1": 0.9,  # code
+            "b2": 0.999,  # code
+            "clip_norm": 1.0,  # code
+        }
+    )
+
+
+def data() -> ConfigDict:
+    return ConfigDict(
+        {
+            "seed": 0,
+            "stages": {"stage1": {"sources": sources(SHARES, augmentation={}), "documents": None}},
+            "shape": {
+                "rows": 2048,  # paper: sequences a batch
+                "tokens": 2048,  # paper; pairs had 1,536 there, while here all kinds share rows
+                # Ours: every image fills a vision row of its own, and 10 of them are what a full row holds on average.
+                "vision_rows": 10,
+                "patches": IMAGE_SIDE**2,
+                "images": 10,
+                "patch_dim": 3 * 14**2,
+            },
+            # Ours, all of what follows.
+            "lookahead": 512,
+            "rounds": 16,
+            "max_bad_fraction": 0.05,
+            "num_threads": 16,
+            "prefetch": 4,
+            "cache_mib": 0,
+        }
+    )
+
+
+def sources(shares: dict[str, float], *, augmentation: dict) -> dict[str, dict]:
+    """Sources of pretraining, with the weights that give them their shares of the packed sequences."""
+    # How PMD and LAION-COCO (its synthetic captions), and the three sets of scanned text, shared their kinds is not
+    # told: here by their sizes.
+    files = {
+        "obelics": ("obelics/*.parquet",),
+        "pairs": ("laion_coco/*.parquet", "pmd/*.parquet"),
+        "pdf": ("ocr_idl/*.parquet", "pdfa/*.parquet"),
+    }
+    return {
+        name: {
+            "kind": name,
+            "paths": tuple(f"{DATA}/{path}" for path in files[name]),
+            "weight": share * DOCUMENTS_A_SEQUENCE[name],
+            "image_root": f"{DATA}/obelics_images" if name == "obelics" else None,
+            "augmentation": augmentation,
+        }
+        for name, share in shares.items()
+    }

@@ -1,0 +1,39 @@
+"""Idefics2-8B, second pretraining stage: images of up to 980 pixels, and pages of scanned text among the data.
+
+    python -m idefics_jax.train --config configs/idefics2_8b/stage2.py --workdir work/idefics2_8b/stage2
+
+What is not said here is as in stage1.py, and so are the words for where a value comes from.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.idefics2_8b import stage1
+
+SHARES = {"obelics": 0.45, "pairs": 0.35, "pdf": 0.20}  # paper
+POSITIONS = 70  # 980 pixels in patches of 14 (paper; code)
+
+
+def get_config() -> ConfigDict:
+    config = stage1.get_config()
+    config.steps = (
+        9000  # ours: 225 B text tokens at 2.5 M a batch (paper) are 90,000 steps, of which stage 1 took 80,000
+    )
+    config.init_from = f"{stage1.WORKDIR}/stage1"
+    config.init_parts = ConfigDict()
+    config.image_rules = image_rules()
+    config.model = stage1.model(positions_a_side=POSITIONS, vocab_size=32_002)
+    config.resize_positions = True  # paper: interpolated; code: bicubic, from 27 x 27, at the start of this stage
+    config.grow_vocabulary = "none"
+    config.accumulation = 8  # paper: the same batch in smaller parts
+    config.optimizer.warmup_steps = 200  # ours: the moments start anew
+    # Random up-scaling (paper); chance and largest factor as the operation's defaults in the code.
+    augmentation = {"upscale": 0.7, "upscale_to": 3.0}
+    config.data.stages = {"stage2": {"sources": stage1.sources(SHARES, augmentation=augmentation), "documents": None}}
+    # Ours: a vision row holds one image of 980 x 980 pixels, or several smaller ones.
+    config.data.shape.update({"vision_rows": 8, "patches": POSITIONS**2, "images": 10})
+    return config
+
+
+def image_rules() -> dict[str, int | bool]:
+    """From 378 pixels (code) to 980 (paper), at the image's own aspect ratio."""
+    return {"longest_edge": 980, "shortest_edge": 378, "positions_per_side": POSITIONS, "split": False}

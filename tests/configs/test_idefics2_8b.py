@@ -1,0 +1,176 @@
+"""The paper's recipes at full size: they build, and train what the paper trained in the shares it tells."""
+
+import math
+
+import pytest
+
+from configs.idefics2_8b import chat, instruct, stage1, stage2
+from idefics_jax import sharding
+from idefics_jax.config import Idefics2Config
+from idefics_jax.param_transforms import paths
+from idefics_jax.param_tree import abstract_params, param_shapes
+from idefics_jax.training.config import TrainConfig
+from idefics_jax.training.plan import plan
+
+RECIPES = {"stage1": stage1, "stage2": stage2, "instruct": instruct, "chat": chat}
+
+# Table 14 of the paper: set, answer tokens, and their percentage in the mixture.
+TABLE_14 = {
+    "vqav2": (1_595_929, 5.72),
+    "cocoqa": (286_982, 1.47),
+    "visual7w": (279_268, 1.43),
+    "aokvqa": (236_492, 1.21),
+    "tallyqa": (738_254, 0.57),
+    "okvqa": (38_853, 0.4),
+    "hateful_memes": (25_500, 0.13),
+    "vqarad": (8418, 0.09),
+    "localized_narratives": (21_328_731, 4.56),
+    "screen2words": (143_103, 0.37),
+    "vsr": (10_062, 0.21),
+    "rendered_text": (27_207_774, 5.57),
+    "docvqa": (337_829, 3.46),
+    "textcaps": (389_658, 2),
+    "textvqa": (181_918, 1.86),
+    "st_vqa": (127_846, 1.31),
+    "ocrvqa": (6_073_824, 0.93),
+    "visualmrc": (168_828, 0.86),
+    "iam": (144_216, 0.74),
+    "infographic_vqa": (61_048, 0.63),
+    "diagram_image_to_text": (22_196, 0.11),
+    "chart2text": (2_852_827, 4.38),
+    "dvqa": (8_346_234, 4.27),
+    "vistext": (1_245_485, 1.91),
+    "chartqa": (185_835, 1.9),
+    "plotqa": (8_478_299, 0.65),
+    "figureqa": (3_982_104, 0.61),
+    "mapqa": (6_470_485, 0.33),
+    "tabmwp": (1_948_166, 2.49),
+    "tat_qa": (283_776, 2.18),
+    "hitab": (351_299, 1.8),
+    "multihiertt": (267_615, 1.37),
+    "finqa": (242_561, 0.99),
+    "robut_wikisql": (9_680_673, 0.99),
+    "robut_sqa": (1_894_824, 0.97),
+    "robut_wtq": (6_677_013, 0.51),
+    "geomverse": (2_489_459, 3.83),
+    "clevr_math": (3_184_656, 3.26),
+    "clevr": (2_396_781, 1.23),
+    "iconqa": (112_969, 1.16),
+    "raven": (105_081, 0.67),
+    "intergps": (8404, 0.17),
+    "ai2d": (38_832, 0.8),
+    "tqa": (26_004, 0.53),
+    "scienceqa": (24_872, 0.25),
+    "nlvr2": (259_119, 1.33),
+    "mimic_cgd": (4_637_229, 0.48),
+    "spot_the_diff": (221_477, 0.57),
+    "websight": (276_743_299, 0.28),
+    "datikz": (59_556_252, 0.03),
+    "openhermes": (248_553_747, 12.73),
+    "lima": (633_867, 0.81),
+    "dolly": (1_329_999, 0.68),
+    "metamathqa": (74_328_255, 3.81),
+    "math_instruct": (45_393_559, 2.33),
+    "orca_math": (63_780_702, 1.63),
+    "camel_ai_math": (21_873_629, 0.06),
+    "atlas_math_sets": (455_411_624, 3.5),
+    "goat": (167_695_693, 0.86),
+}
+# Columns of the adapted kernels: vision, decoder, head.
+MAGNITUDES = 27 * (5 * 1152 + 4304) + 32 * (2 * 4096 + 2 * 1024 + 2 * 14336 + 4096) + 32_003
+
+
+def built(name):
+    return TrainConfig.from_config_dict(RECIPES[name].get_config().to_dict())
+
+
+def sources(config):
+    (stage,) = config.data.stages
+    return {source.name: source for source in stage.sources}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_builds_at_full_size(name):
+    config = built(name)
+    assert config.steps > config.optimizer.warmup_steps
+    assert config.data.shape.patches >= config.image_rules["positions_per_side"] ** 2, "a largest image finds a row"
+
+
+def test_the_model_is_the_released_one():
+    sizes = Idefics2Config.from_hf({"model_type": "idefics2", **built("chat").model})
+    assert sum(math.prod(leaf.shape) for leaf in paths.flatten(param_shapes(sizes)).values()) == 8_402_768_112
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "trained"),
+    [
+        # The connector, adapters of rank 64, two (three) rows of two tables, and under DoRA a magnitude a column.
+        ("stage1", 2, 743_219_200 + 204_863_616 + 4 * 4096),
+        ("stage2", 2, 743_219_200 + 204_863_616 + 4 * 4096),
+        ("instruct", 3, 743_219_200 + 204_863_680 + 6 * 4096 + MAGNITUDES),
+        ("chat", 3, 743_219_200 + 204_863_680 + 6 * 4096 + MAGNITUDES),
+    ],
+)
+def test_the_plan_tells_what_trains_without_a_weight(name, rows, trained):
+    """The paper's Table 3 counts 950 M trained parameters."""
+    lines = plan(built(name)).splitlines()
+    table = {line.split()[0]: line.split()[1:] for line in lines[1:-4]}
+    assert lines[-4].endswith(f"{trained:,} of them trainable")
+    assert lines[-2] == f"trained parameters, float32: {4 * trained / 2**30:.3f} GiB"
+    assert table["text_model/embed_tokens/new_rows"][:3] == [f"{rows}x4096", "float32", "trainable"]
+    vocabulary = 32_000 + rows
+    assert table["text_model/embed_tokens/embedding"] == [f"{vocabulary}x4096", "float32", "frozen"]
+    assert table["connector/perceiver_resampler/layers/mlp/up_proj/kernel"][2:] == ["trainable", "0.0001", "0"]
+    assert table["connector/modality_projection/up_proj/kernel"][2:] == ["trainable", "0.0001", "0.1"]
+    dora = name in ("instruct", "chat")
+    assert ("text_model/lm_head/lora_magnitude" in table) == dora
+    assert sum("lora_A" in path for path in table) == 6 + 7 + 1
+    assert not [
+        path
+        for path, row in table.items()
+        if "trainable" in row and path.endswith(("bias", "scale")) and "connector" not in path
+    ]
+
+
+def test_every_parameter_can_be_cut_over_the_mesh():
+    """Widths that the mesh does not divide would stop the run on the first day of a pod."""
+    config = built("chat")
+    sizes = Idefics2Config.from_hf({"model_type": "idefics2", **config.model})
+    shapes, axes = (paths.flatten(tree) for tree in abstract_params(sizes))
+    for path, leaf in shapes.items():
+        for size, axis in zip(leaf.shape, sharding.spec(axes[path], sharding.RULES[config.sharding]), strict=True):
+            assert axis is None or size % config.mesh[axis] == 0, path
+
+
+@pytest.mark.parametrize(
+    ("name", "shares"),
+    [
+        ("stage1", {"obelics": 0.70, "pairs": 0.30}),
+        ("stage2", {"obelics": 0.45, "pairs": 0.35, "pdf": 0.20}),
+    ],
+)
+def test_pretraining_mixes_the_paper_s_shares_of_sequences(name, shares):
+    sequences = {
+        source.name: source.weight / stage1.DOCUMENTS_A_SEQUENCE[source.name]
+        for source in sources(built(name)).values()
+    }
+    assert {kind: share / sum(sequences.values()) for kind, share in sequences.items()} == pytest.approx(shares)
+
+
+def test_instruction_tuning_mixes_the_paper_s_shares_of_answer_tokens():
+    conversations = {name: size for name, (size, _) in {**instruct.CAULDRON, **instruct.TEXT}.items()}
+    mixture = sources(built("instruct"))
+    assert set(mixture) == set(TABLE_14)
+    assert sum(source.kind == "cauldron" for source in mixture.values()) == 50
+    tokens = {name: source.weight * TABLE_14[name][0] / conversations[name] for name, source in mixture.items()}
+    for name, (_, percentage) in TABLE_14.items():
+        # Its 4.56 % does not follow from its own weight in the authors' code.
+        within = 0.2 if name == "localized_narratives" else 0.03
+        assert 100 * tokens[name] / sum(tokens.values()) == pytest.approx(percentage, abs=within), name
+
+
+def test_each_recipe_begins_where_the_one_before_it_ends():
+    names = list(RECIPES)
+    assert built("stage1").init_from is None
+    for before, name in zip(names, names[1:], strict=False):
+        assert built(name).init_from == f"{stage1.WORKDIR}/{before}"

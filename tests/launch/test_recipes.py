@@ -1,0 +1,133 @@
+"""The paper's recipes, run one after another at a tiny size: each starts from what the one before it learnt."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import transformers
+from etils import epath
+
+import idefics_jax
+from configs.idefics2_8b import chat, instruct, stage1, stage2
+from data_pipelines import digits, messages, pages
+from idefics_jax.convert.orbax import load_model
+from idefics_jax.param_transforms import paths, positions
+from idefics_jax.training.config import TrainConfig
+from idefics_jax.training.loop import train
+from tests.launch import tiny_recipes
+
+RECIPES = {"stage1": stage1, "stage2": stage2, "instruct": instruct, "chat": chat}
+COUNTS = {"pairs": 60, "interleaved": 30, "conversations": 60, "numbers": 1, "warmup": 1, "heldout": 1}
+
+
+def pretrained_parts(folder: Path) -> None:
+    """Saves a SigLIP and a Mistral of the tiny size, with the tower's own grid and without Idefics2's tokens."""
+    sections = tiny_recipes.model(4, tiny_recipes.PIECES["embedded"]).to_dict()
+    other = {"vocab_size": 9, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tower = {**sections["vision_config"], "image_size": 4 * 14 + 6}
+    decoder = {**sections["text_config"], "bos_token_id": 1, "eos_token_id": 2}
+    for name, model in (
+        ("vision_model", transformers.SiglipModel(transformers.SiglipConfig(vision_config=tower, text_config=other))),
+        ("text_model", transformers.MistralForCausalLM(transformers.MistralConfig(**decoder)).to(torch.bfloat16)),
+    ):
+        model.save_pretrained(folder / name)
+
+
+def data(folder: Path) -> None:
+    """Writes a file of each kind, called by it."""
+    digits.build(folder, seed=0, counts=COUNTS)
+    for kind, name in (("obelics", "interleaved"), ("cauldron", "conversations")):
+        shutil.copy(folder / f"{name}.parquet", folder / f"{kind}.parquet")
+    talk = [{"role": "user", "content": "What is the digit?"}, {"role": "assistant", "content": "the digit 7"}]
+    pq.write_table(pa.Table.from_pylist([{"messages": talk}] * 60, schema=messages.SCHEMA), folder / "text.parquet")
+    pairs = pq.read_table(folder / "pairs.parquet").to_pylist()
+    scans = [{"images": [{"bytes": row["png"], "path": None}], "texts": [row["caption"]]} for row in pairs]
+    pq.write_table(pa.Table.from_pylist(scans, schema=pages.SCHEMA), folder / "pdf.parquet")
+
+
+def config_file(folder: Path, name: str) -> Path:
+    """Writes a recipe's tiny form as a config file."""
+    path = folder / f"{name}.py"
+    path.write_text(
+        f"from configs.idefics2_8b import {name} as recipe\n"
+        "from tests.launch.tiny_recipes import shrink\n\n\n"
+        f"def get_config():\n    return shrink(recipe.get_config(), {str(folder)!r})\n"
+    )
+    return path
+
+
+def train_first_three(folder: Path) -> None:
+    """Trains all but the last, one after another, in this process: a process each would take twice as long."""
+    start = None
+    for name in list(RECIPES)[:-1]:
+        config = tiny_recipes.shrink(RECIPES[name].get_config(), str(folder))
+        config.init_from = start
+        values, start = config.to_dict(), str(folder / "work" / name)
+        train(TrainConfig.from_config_dict(values), values, epath.Path(start))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """All four, trained one after another: the last by the command, which goes on where the others stopped."""
+    folder = tmp_path_factory.mktemp("recipes")
+    data(folder / "data")
+    pretrained_parts(folder)
+    train_first_three(folder)
+    files = ",".join(str(config_file(folder, name)) for name in RECIPES)
+    command = [sys.executable, "-m", "launch.recipes", "--workdir", str(folder / "work"), "--recipes", files]
+    done = subprocess.run([*command, "--override", "seed=3"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder / "said").write_text(done.stdout)
+    return folder
+
+
+def params(folder, name):
+    return {
+        path: np.asarray(leaf) for path, leaf in paths.flatten(load_model(folder / "work" / name / "model")[0]).items()
+    }
+
+
+def test_the_command_trains_what_is_left_from_what_was_last(folder):
+    lines = [line for line in (folder / "said").read_text().splitlines() if line.startswith("$") or "already" in line]
+    assert [line.partition(" is ")[0] for line in lines[:3]] == [f"{folder}/{name}.py" for name in list(RECIPES)[:3]]
+    assert lines[3].endswith(f"--config.seed=3 --config.init_from={folder}/work/instruct")
+
+
+def test_positions_and_vocabulary_grow_where_they_should(folder):
+    stages = [params(folder, name) for name in RECIPES]
+    assert [len(stage[positions.TABLE]) for stage in stages] == [16, 64, 64, 64]
+    assert [len(stage["text_model/embed_tokens/embedding"]) for stage in stages] == [402, 402, 403, 403]
+    old = [stage["text_model/embed_tokens/embedding"][:400] for stage in stages]
+    for stage in old[1:]:
+        np.testing.assert_array_equal(stage, old[0])
+    weights, grid = positions.cubic_weights(4, 8), stages[0][positions.TABLE].reshape(4, 4, -1)
+    wanted = np.einsum("ro,sp,ope->rse", weights, weights, grid).reshape(64, -1)
+    np.testing.assert_allclose(stages[1][positions.TABLE], wanted, atol=1e-6)
+
+
+def test_each_recipe_trains_adapters_connector_and_new_rows(folder):
+    stages = [params(folder, name) for name in RECIPES]
+    for before, after in zip(stages, stages[1:], strict=False):
+        for path in (
+            "vision_model/encoder/layers/mlp/fc1/kernel",
+            "text_model/layers/self_attn/q_proj/kernel",
+            "connector/perceiver_resampler/latents",
+        ):
+            assert not np.array_equal(before[path], after[path]), path
+        for path in ("text_model/norm/scale", "vision_model/embeddings/patch_embedding/kernel"):
+            np.testing.assert_array_equal(before[path], after[path], err_msg=path)
+        rows = before["text_model/embed_tokens/embedding"][400:402]
+        assert not np.array_equal(rows, after["text_model/embed_tokens/embedding"][400:402])
+
+
+def test_the_last_one_s_result_is_a_model(folder):
+    model = idefics_jax.load(folder / "work" / "chat")
+    assert model.config.text_config.vocab_size == 403
+    assert model.processor.image_rules.longest_edge == 112
+    assert all(np.isfinite(leaf).all() for leaf in params(folder, "chat").values())
