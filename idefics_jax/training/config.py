@@ -118,6 +118,8 @@ class TrainConfig:
             raise UserError("give model (the sizes of the model), init_from (a folder of weights), or both")
         if self.init_parts and self.init_from:
             raise UserError("init_from holds every part already; give it or init_parts")
+        if self.init_std and self.init_from:
+            raise UserError("init_std is of random weights, and init_from leaves none; set init_std to ()")
         unknown = sorted(set(self.init_parts) - set(FORMS))
         if unknown:
             raise UserError(f"init_parts names {unknown[0]!r}; the parts are {', '.join(FORMS)}")

@@ -41,14 +41,15 @@ def plan(config: TrainConfig) -> str:
     state = jax.eval_shape(lambda tree: init_state(tree, optimizer), trainable)
     rates = peak_rates(config.optimizer, trainable, chosen)
     table = partition.table(partition.combine(base, frozen), adapters, chosen, rates)
-    sizes_of = {
+    held = {
         "frozen parameters": frozen,
         "trained parameters, float32": state["trainable"],
         "optimizer state": state["opt_state"],
     }
-    return "\n".join([table, *(f"{name}: {_gib(tree):.3f} GiB" for name, tree in sizes_of.items())])
+    return "\n".join([table, *(f"{name}: {_size(tree)}" for name, tree in held.items())])
 
 
-def _gib(tree: Any) -> float:
-    """Bytes of a tree of shapes, in GiB."""
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) / 2**30
+def _size(tree: Any) -> str:
+    """Returns what a tree of shapes takes, in words."""
+    count = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return f"{count:,} bytes ({count / 2**30:.2f} GiB)"

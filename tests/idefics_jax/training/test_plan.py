@@ -1,0 +1,60 @@
+"""A plan is what the start of the run prints, told before there is a weight."""
+
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from idefics_jax import sharding
+from idefics_jax.errors import UserError
+from idefics_jax.training.config import TrainConfig
+from idefics_jax.training.plan import plan
+from idefics_jax.training.run import assemble
+
+
+@pytest.fixture
+def adapted(values):
+    """Every transform at once."""
+    values["partition"] = (
+        (".*/new_rows", "trainable", 0.1, 0.0),
+        (".*/lora_.*", "trainable", 1.0, 0.0),
+        ("connector/.*", "trainable", 0.5, 0.1),
+        (".*", "frozen"),
+    )
+    adapter = {"rank": 2, "alpha": 8.0, "dropout": 0.1, "init": "kaiming"}
+    values["lora"] = {"text": {"pattern": "text_model/layers/.*", "dora": True, **adapter}}
+    values |= {"new_rows": 3, "quantize": ("text_model/layers/mlp/.*",), "frozen_dtype": "bfloat16"}
+    return values
+
+
+def test_a_plan_tells_what_the_start_of_the_run_tells(adapted):
+    config = TrainConfig.from_config_dict(adapted)
+    lines = plan(config).splitlines()
+    mesh = sharding.make_mesh(config.mesh)
+    with sharding.use_mesh(mesh, sharding.RULES[config.sharding]):
+        run, trainable, frozen = assemble(config, mesh)
+        state = run.new_state(trainable)
+    assert lines[:-3] == run.table.splitlines()
+    for line, tree in zip(lines[-3:], (frozen, state["trainable"], state["opt_state"]), strict=True):
+        assert f": {sum(leaf.nbytes for leaf in jax.tree.leaves(tree)):,} bytes (" in line
+
+
+def test_a_plan_needs_no_file(adapted):
+    wanted = plan(TrainConfig.from_config_dict(adapted))
+    adapted |= {"processor": "/nowhere", "init_from": "/nowhere", "init_std": ()}
+    assert plan(TrainConfig.from_config_dict(adapted)) == wanted
+
+
+def test_a_pattern_that_matches_nothing_is_refused(adapted):
+    adapted["quantize"] = ("text_model/ears/.*",)
+    with pytest.raises(UserError, match="quantize: 'text_model/ears/.*' matches no parameter"):
+        plan(TrainConfig.from_config_dict(adapted))
+
+
+def test_the_command_prints_it_and_needs_no_work_directory():
+    command = [sys.executable, "-m", "idefics_jax.train", "--config", "configs/digits.py"]
+    done = subprocess.run([*command, "--plan"], capture_output=True, text=True, check=True)
+    assert "396,608 parameters, 396,608 of them trainable\n" in done.stdout
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "error: --workdir is missing; see --help\n")
