@@ -30,3 +30,4 @@ lint: .venv/test
 bench: .venv/test
 	.venv/bin/python -m benchmarks.vs_transformers
 	.venv/bin/python -m benchmarks.packing
+	.venv/bin/python -m benchmarks.param_transforms

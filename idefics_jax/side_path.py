@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 
 def adapted(
@@ -20,6 +21,7 @@ def adapted(
     kernel_scale: jax.Array | None,
     adapter: Mapping[str, jax.Array],
     rng: jax.Array | None,
+    x_a: jax.Array | None,
 ) -> jax.Array:
     """Adds an adapter to a product.
 
@@ -31,6 +33,7 @@ def adapted(
       adapter: `lora_A` [in, R], `lora_B` [R, out]; for DoRA `lora_magnitude` [out]; for training with dropout
         `lora_dropout` [], its rate.
       rng: key for the dropout; without one nothing is dropped.
+      x_a: x @ lora_A where it is known already, or None.
 
     Returns:
       [.., out] in y's dtype.
@@ -39,7 +42,9 @@ def adapted(
     if rng is not None and "lora_dropout" in adapter:
         kept = 1.0 - adapter["lora_dropout"]
         x = jnp.where(jax.random.bernoulli(rng, kept, x.shape), x / kept.astype(x.dtype), 0)
-    y = y + (x @ lora_a) @ lora_b
+    if x_a is None:
+        x_a = checkpoint_name(x @ lora_a, "lora")
+    y = y + x_a @ lora_b
     if "lora_magnitude" in adapter:
         # A constant of the backward pass (DoRA, section 4.3): its gradient costs memory and changes little.
         norms = jax.lax.stop_gradient(column_norms(kernel, kernel_scale, lora_a, lora_b))

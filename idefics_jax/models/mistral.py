@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from idefics_jax.attention import Visibility, attend, rotary
 from idefics_jax.config import TextConfig
 from idefics_jax.inference.cache import Cache, write
-from idefics_jax.layers import Dtype, Embedding, GatedMLP, Linear, RMSNorm
+from idefics_jax.layers import Dtype, Embedding, GatedMLP, Linear, RMSNorm, shared_lora_a
 from idefics_jax.sharding import constrain
 from idefics_jax.stack import stack, unrolled
 
@@ -24,10 +24,12 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, shared: tuple, layer_cache: dict | None) -> tuple[jax.Array, dict | None]:
         config, (positions, visibility, index) = self.config, shared
+        x_a = shared_lora_a(self, x, ("q_proj", "k_proj", "v_proj"))
 
         def project(name, heads, axis):
             width = heads * config.head_dim
-            y = Linear(width, ("embed", axis), config.initializer_range, self.dtype, name=name)(x)
+            linear = Linear(width, ("embed", axis), config.initializer_range, self.dtype, name=name)
+            y = linear(x, x_a.get(name))
             return y.reshape(*x.shape[:-1], heads, config.head_dim)
 
         query = rotary(project("q_proj", config.num_attention_heads, "heads"), positions, config.rope_theta)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from idefics_jax.attention import Visibility, attend
 from idefics_jax.config import VisionConfig
-from idefics_jax.layers import ACTIVATIONS, Dtype, Embedding, LayerNorm, Linear
+from idefics_jax.layers import ACTIVATIONS, Dtype, Embedding, LayerNorm, Linear, shared_lora_a
 from idefics_jax.sharding import constrain
 from idefics_jax.stack import stack
 
@@ -51,10 +51,12 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, visibility: Visibility) -> jax.Array:
         config = self.config
+        x_a = shared_lora_a(self, x, ("q_proj", "k_proj", "v_proj"))
 
         def project(name):
             axes = ("vision_embed", "vision_heads")
-            y = Linear(config.hidden_size, axes, config.initializer_range, self.dtype, use_bias=True, name=name)(x)
+            linear = Linear(config.hidden_size, axes, config.initializer_range, self.dtype, use_bias=True, name=name)
+            y = linear(x, x_a.get(name))
             return y.reshape(*x.shape[:-1], config.num_attention_heads, config.head_dim)
 
         y = attend(project("q_proj"), project("k_proj"), project("v_proj"), visibility).reshape(x.shape)

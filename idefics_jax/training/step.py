@@ -140,14 +140,13 @@ def norms(trainable: dict[str, Any], name: str) -> dict[str, jax.Array]:
 
 
 def batch_counts(batch: Batch) -> dict[str, jax.Array]:
-    """Counts what a batch holds: real tokens and images, and the useful share of its tokens and patches."""
-    tokens, patches = batch["segment_ids"] > 0, batch["patch_image_ids"] > 0
-    return {
-        "tokens": jnp.sum(tokens, dtype=jnp.float32),
-        "images": jnp.sum(batch["image_mask"], dtype=jnp.float32),
-        "token_fill": jnp.mean(tokens, dtype=jnp.float32),
-        "patch_fill": jnp.mean(patches, dtype=jnp.float32),
-    }
+    """Counts what a batch holds: real tokens, and of a batch with images how many, and the useful shares."""
+    tokens = batch["segment_ids"] > 0
+    counts = {"tokens": jnp.sum(tokens, dtype=jnp.float32), "token_fill": jnp.mean(tokens, dtype=jnp.float32)}
+    if "patches" in batch:
+        counts["images"] = jnp.sum(batch["image_mask"], dtype=jnp.float32)
+        counts["patch_fill"] = jnp.mean(batch["patch_image_ids"] > 0, dtype=jnp.float32)
+    return counts
 
 
 def init_state(trainable: dict[str, Any], optimizer: optax.GradientTransformation) -> State:

@@ -57,7 +57,7 @@ def test_unrolled_is_scanned_on_parameters_cut_apart():
 
 
 def test_an_unknown_policy_is_refused_by_name():
-    with pytest.raises(ValueError, match="remat is 'some'; choose one of none, dots, full"):
+    with pytest.raises(ValueError, match="remat is 'some'; choose one of none, linear, full"):
         stack(Affine, length=1, remat="some")
 
 
@@ -95,7 +95,7 @@ def program(remat: str, depth: int) -> str:
 
 def test_a_policy_that_keeps_less_computes_more():
     products = {remat: program(remat, 2).count("dot_general") for remat in REMAT_POLICIES}
-    assert products["none"] < products["dots"] < products["full"]
+    assert products["none"] < products["linear"] < products["full"]
 
 
 def test_the_program_is_the_same_size_at_any_depth():
