@@ -83,8 +83,8 @@ def shared_lora_a(module: nn.Module, x: jax.Array, names: tuple[str, ...]) -> di
     """Returns {name: x @ lora_A} of Linears below `module` that read the same input, from one product.
 
     A product with rank 64 is bound by reading x: on a v5p one product for q, k and v and one for gate and up take 2 per
-    cent off a 7B LoRA step, by its compiler's estimate (README). Empty where one of them has no adapter, or drops out of an
-    input of its own.
+    cent off a 7B LoRA step, by its compiler's estimate (README). Empty where one of them has no adapter, or drops out
+    of an input of its own.
     """
     adapters = module.variables.get("adapters", {})
     chosen = [adapters.get(name, {}) for name in names]
