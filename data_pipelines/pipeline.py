@@ -15,7 +15,8 @@ import functools
 import hashlib
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import grain
 
@@ -100,6 +101,25 @@ class DataConfig:
             same = dataclasses.replace(source, weight=1.0)
             if known.setdefault(source.name, same) != same:
                 raise UserError(f"data.stages: two sources are called {source.name!r}; give each its own name")
+
+
+def in_order(values: Any) -> Any:
+    """Turns the groups of stages and sources of a config file into the tuples that DataConfig holds.
+
+    Stages come in the order of their names, and a source gets its own. What is no group stays as it is, for
+    settings.build to refuse.
+    """
+    stages = values.get("stages") if isinstance(values, Mapping) else None
+    if not isinstance(stages, Mapping) or not all(isinstance(stage, Mapping) for stage in stages.values()):
+        return values
+
+    def named(sources: Any) -> Any:
+        if not isinstance(sources, Mapping) or not all(isinstance(source, Mapping) for source in sources.values()):
+            return sources
+        return tuple({"name": name, **source} for name, source in sorted(sources.items()))
+
+    ordered = tuple({**stage, "sources": named(stage.get("sources"))} for _, stage in sorted(stages.items()))
+    return {**values, "stages": ordered}
 
 
 def batches(config: DataConfig, processor: Processor, *, shard_index: int, shard_count: int) -> grain.DatasetIterator:

@@ -6,13 +6,14 @@ forge one. The ids are nevertheless those the reference finds in its one flat st
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
 
 from idefics_jax import images as images_lib
-from idefics_jax import processor_folder
+from idefics_jax import processor_folder, settings
 from idefics_jax.batch import Batch, BatchShape, Encoded, empty_batch, place_document
 from idefics_jax.documents import EndOfUtterance, Image, Part, Text
 from idefics_jax.errors import UserError
@@ -34,6 +35,11 @@ class Processor:
     def load(cls, folder: epath.PathLike) -> "Processor":
         """Reads a Hugging Face Idefics2 folder, or one written by `save`; raises UserError naming what is amiss."""
         return cls(*processor_folder.read(folder))
+
+    def with_image_rules(self, changes: Mapping[str, Any]) -> "Processor":
+        """Returns a processor with some fields of its image rules changed; raises UserError naming a wrong one."""
+        rules = settings.build(ImageRules, {**dataclasses.asdict(self.image_rules), **changes}, "config.image_rules")
+        return Processor(self.tokenizer, rules, self.num_latents)
 
     def save(self, folder: epath.PathLike) -> None:
         """Writes a folder that transformers' AutoProcessor loads, with the same ids and pixels."""

@@ -19,7 +19,7 @@ from absl import flags
 from idefics_jax import commands, settings
 from idefics_jax.errors import UserError
 from idefics_jax.training.summary import SUMMARY_FILE
-from launch.sweep_report import draw, table
+from launch.sweep_report import Result, draw, table
 
 _CONFIG = commands.define_config(None, "what to compare, configs/sweeps/NAME.py")
 
@@ -51,16 +51,6 @@ class SweepConfig:
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise UserError(f"{name} is {values}; give at least one, each once")
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What one run gave: its score, and the figures of its summary.json."""
-
-    arm: str
-    seed: int
-    score: float
-    summary: dict[str, float]
 
 
 def command(log: Path, module: str, *arguments: str) -> bool:

@@ -1,9 +1,9 @@
 """A finished comparison as a table and as a picture: means and spread over the seeds of each arm."""
 
+import dataclasses
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
@@ -20,13 +20,23 @@ COLUMNS = {
 }
 
 
-def by_arm(results: Sequence[Any], arms: Sequence[str]) -> dict[str, list[Any]]:
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What one run gave: its score, and the figures of its summary.json."""
+
+    arm: str
+    seed: int
+    score: float
+    summary: dict[str, float]
+
+
+def by_arm(results: Sequence[Result], arms: Sequence[str]) -> dict[str, list[Result]]:
     """Returns the results of each arm that has any, in the order of `arms`."""
     grouped = {arm: [result for result in results if result.arm == arm] for arm in arms}
     return {arm: found for arm, found in grouped.items() if found}
 
 
-def table(results: Sequence[Any], arms: Sequence[str], metric: str) -> str:
+def table(results: Sequence[Result], arms: Sequence[str], metric: str) -> str:
     """Returns a Markdown table: score as mean, lowest and highest; other figures as medians over the seeds."""
     known = [name for name in COLUMNS if all(name in result.summary for result in results)]
     lines = [
@@ -41,7 +51,7 @@ def table(results: Sequence[Any], arms: Sequence[str], metric: str) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def draw(folder: Path, results: Sequence[Any], arms: Sequence[str], metric: str) -> Path:
+def draw(folder: Path, results: Sequence[Result], arms: Sequence[str], metric: str) -> Path:
     """Draws every run's score and each arm's mean beside what the arm costs, into `folder/sweep.png`."""
     grouped = by_arm(results, arms)
     costs = ("trained_parameters", "step_seconds", "host_memory_gib")

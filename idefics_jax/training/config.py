@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from data_pipelines.pipeline import DataConfig
+from data_pipelines.pipeline import DataConfig, in_order
 from idefics_jax import settings
 from idefics_jax.convert.parts import FORMS
 from idefics_jax.errors import UserError
@@ -139,7 +139,7 @@ class TrainConfig:
         Raises:
           UserError: see settings.build.
         """
-        values = _in_order(values)
+        values = {**values, "data": in_order(values.get("data"))}
         if isinstance(values.get("partition"), (tuple, list)):
             values["partition"] = tuple(_rule(row) for row in values["partition"])
         return settings.build(cls, values, "config")
@@ -154,19 +154,3 @@ def _rule(row: Any) -> Mapping[str, Any]:
             "the learning rate, weight decay)"
         )
     return dict(zip(names, row, strict=False))
-
-
-def _in_order(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Turns the groups of stages and sources into the tuples that DataConfig holds; what is no group stays."""
-    data = values.get("data")
-    stages = data.get("stages") if isinstance(data, Mapping) else None
-    if not isinstance(stages, Mapping) or not all(isinstance(stage, Mapping) for stage in stages.values()):
-        return dict(values)
-
-    def named(sources: Any) -> Any:
-        if not isinstance(sources, Mapping) or not all(isinstance(source, Mapping) for source in sources.values()):
-            return sources
-        return tuple({"name": name, **source} for name, source in sorted(sources.items()))
-
-    ordered = tuple({**stage, "sources": named(stage.get("sources"))} for _, stage in sorted(stages.items()))
-    return {**values, "data": {**data, "stages": ordered}}

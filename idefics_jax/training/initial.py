@@ -14,12 +14,11 @@ from idefics_jax import sharding
 from idefics_jax.config import Idefics2Config
 from idefics_jax.convert.parts import open_part, read_sizes
 from idefics_jax.errors import UserError
-from idefics_jax.images import ImageRules
 from idefics_jax.model import find_model, load, place
 from idefics_jax.param_transforms import new_rows, partition, paths, positions, vocabulary
 from idefics_jax.param_tree import boxed_params, param_shapes, param_shardings
 from idefics_jax.processor import Processor
-from idefics_jax.settings import build, differences
+from idefics_jax.settings import differences
 from idefics_jax.training.config import TrainConfig
 
 # Sources that write `<end_of_utterance>`; the others do without its row, as the paper's pretraining does.
@@ -30,9 +29,7 @@ NO_SIZES = ("extra", "initializer_range", "max_position_embeddings", "image_size
 
 def load_processor(config: TrainConfig) -> Processor:
     """Returns the processor of the config, `image_rules` in the place of its own; raises UserError."""
-    processor = Processor.load(config.processor)
-    rules = {**dataclasses.asdict(processor.image_rules), **config.image_rules}
-    return Processor(processor.tokenizer, build(ImageRules, rules, "config.image_rules"), processor.num_latents)
+    return Processor.load(config.processor).with_image_rules(config.image_rules)
 
 
 def model_config(config: TrainConfig, processor: Processor) -> Idefics2Config:

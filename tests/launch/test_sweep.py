@@ -8,8 +8,7 @@ import pytest
 
 from configs import digits as digits_config
 from data_pipelines import digits
-from launch.sweep import Result
-from launch.sweep_report import draw, table
+from launch.sweep_report import Result, draw, table
 
 COUNTS = {"pairs": 20, "interleaved": 2, "conversations": 2, "numbers": 40, "warmup": 2, "heldout": 4}
 FILE = """

@@ -6,7 +6,8 @@ import re
 import numpy as np
 from PIL import Image as PilImage
 
-from data_pipelines import cauldron, obelics, show
+from data_pipelines import cauldron, obelics
+from data_pipelines import shown_rows as show
 from data_pipelines.pipeline import batches
 from idefics_jax.images import decode
 from tests.data_pipelines.pictures import png
