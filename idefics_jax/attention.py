@@ -96,9 +96,11 @@ def _attend_block(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.
     query = query.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, head_dim)
     key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
     scores = jnp.einsum("BKTH,BKSH->BKTS", query, key, preferred_element_type=jnp.float32)
-    # The lowest finite value, not -inf: a row that sees nothing must not turn into NaN.
-    scores = scores.reshape(batch, kv_heads, -1, *mask.shape[1:])
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min).reshape(*query.shape[:3], -1)
+    # The lowest finite value, not -inf: a row that sees nothing must not turn into NaN. Added, not selected: XLA makes
+    # what is the same in every layer once, and a mask to select by would be kept for every head.
+    unseen = jnp.where(mask, 0.0, jnp.finfo(jnp.float32).min)
+    scores = scores.reshape(batch, kv_heads, -1, *mask.shape[1:]) + unseen[:, None, None]
+    scores = scores.reshape(*query.shape[:3], -1)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     total = weights.sum(axis=-1, keepdims=True)
     # Divided by the total last, where there are H numbers a query and not S.
