@@ -1,11 +1,14 @@
 """What a run would train and hold, from shapes alone: no weight is made or read, so 8 billion of them fit anywhere."""
 
+import dataclasses
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
+from idefics_jax.config import Idefics2Config
 from idefics_jax.errors import UserError
 from idefics_jax.param_transforms import partition, quantize
 from idefics_jax.param_tree import param_shapes
@@ -16,8 +19,34 @@ from idefics_jax.training.run import starting_adapters
 from idefics_jax.training.step import init_state
 
 
-def plan(config: TrainConfig) -> str:
-    """Returns the table that the start of the run would print, and the bytes of its parts over all devices.
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A run in shapes; `str` tells it as the start of the run does, and what it takes over all devices.
+
+    Attributes:
+      sizes: of the model.
+      optimizer: the gradient transformation.
+      state, frozen: what the step is given (training/step.py), as ShapeDtypeStructs.
+      table: every leaf with its shape, dtype, state, learning rate and decay.
+    """
+
+    sizes: Idefics2Config
+    optimizer: optax.GradientTransformation
+    state: dict[str, Any]
+    frozen: dict[str, Any]
+    table: str
+
+    def __str__(self) -> str:
+        held = {
+            "frozen parameters": self.frozen,
+            "trained parameters, float32": self.state["trainable"],
+            "optimizer state": self.state["opt_state"],
+        }
+        return "\n".join([self.table, *(f"{name}: {_size(tree)}" for name, tree in held.items())])
+
+
+def plan(config: TrainConfig) -> Plan:
+    """Lays a run out.
 
     With a `model` section no file is read; otherwise the config.json of `init_from` and the processor.
 
@@ -26,14 +55,12 @@ def plan(config: TrainConfig) -> str:
     """
     # Any id of `<image>`: shapes do not depend on it.
     sizes = from_sections(config, image_token_id=1) if config.model else model_config(config, load_processor(config))
-    params = param_shapes(sizes)
+    params, dtype = param_shapes(sizes), jnp.dtype(config.frozen_dtype)
     try:
         adapters = jax.eval_shape(lambda tree: partition.combine(*starting_adapters(config, tree)), params)
         chosen = partition.choose(params, adapters, config.partition)
         base, frozen = partition.split(params, chosen)
-        frozen = jax.eval_shape(
-            lambda tree: quantize.cast(quantize.quantize(tree, config.quantize), jnp.dtype(config.frozen_dtype)), frozen
-        )
+        frozen = jax.eval_shape(lambda tree: quantize.cast(quantize.quantize(tree, config.quantize), dtype), frozen)
     except ValueError as error:
         raise UserError(str(error)) from error
     trainable = {name: tree for name, tree in (("params", base), ("adapters", adapters)) if tree}
@@ -41,12 +68,7 @@ def plan(config: TrainConfig) -> str:
     state = jax.eval_shape(lambda tree: init_state(tree, optimizer), trainable)
     rates = peak_rates(config.optimizer, trainable, chosen)
     table = partition.table(partition.combine(base, frozen), adapters, chosen, rates)
-    held = {
-        "frozen parameters": frozen,
-        "trained parameters, float32": state["trainable"],
-        "optimizer state": state["opt_state"],
-    }
-    return "\n".join([table, *(f"{name}: {_size(tree)}" for name, tree in held.items())])
+    return Plan(sizes, optimizer, state, frozen, table)
 
 
 def _size(tree: Any) -> str:
