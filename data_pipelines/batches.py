@@ -46,6 +46,7 @@ class PackedRows:
     rows: tuple[tuple[tuple[Candidate, tuple[tuple[int, int], ...]], ...], ...]
     seen: int
     rejected: dict[str, int]
+    examples: dict[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +59,14 @@ class PackedBatch:
       seen: documents read since training began, the waiting and the rejected ones included; each piece of one that was
         cut counts.
       rejected: how many of those were rejected, by reason.
+      examples: the name of the first document rejected for each reason.
     """
 
     arrays: Batch
     documents: tuple[str, ...]
     seen: int
     rejected: dict[str, int]
+    examples: dict[str, str]
 
 
 def encode(document: Document, processor: Processor, shape: BatchShape) -> Candidate | Rejected:
@@ -140,7 +143,7 @@ class _PackIterator(grain.DatasetIterator):
             placements = pack_row(self._pool, self._packing.shape, rounds=self._packing.rounds, rng=rng)
             rows.append(tuple((placement.item[-1], placement.vision_slots) for placement in placements))
             self._rows += 1
-        return PackedRows(tuple(rows), self._ledger.seen, dict(self._ledger.rejected))
+        return PackedRows(tuple(rows), self._ledger.seen, dict(self._ledger.rejected), dict(self._ledger.examples))
 
     def get_state(self) -> dict[str, Any]:
         return {
@@ -150,6 +153,7 @@ class _PackIterator(grain.DatasetIterator):
             "rows": self._rows,
             "seen": self._ledger.seen,
             "rejected": json.dumps(self._ledger.rejected),
+            "examples": json.dumps(self._ledger.examples),
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -159,7 +163,8 @@ class _PackIterator(grain.DatasetIterator):
                 f"run {self._packing.identity}); go on with the same files, config.data and number of processes"
             )
         self._parent.set_state(state["parent"])
-        self._ledger = Ledger(self._ledger.limit, state["seen"], json.loads(state["rejected"]))
+        counted, examples = json.loads(state["rejected"]), json.loads(state["examples"])
+        self._ledger = Ledger(self._ledger.limit, state["seen"], counted, examples)
         self._rows = state["rows"]
         self._pool = Pool()
         for index, piece in json.loads(state["pool"]):
@@ -202,6 +207,7 @@ class _DecodeIterator(grain.DatasetIterator):
         self._processor = processor
         self._cache = cache
         self._undecodable: collections.Counter[str] = collections.Counter()
+        self._examples: dict[str, str] = {}  # of the undecodable
         threads = packing.num_threads
         self._threads = concurrent.futures.ThreadPoolExecutor(threads) if threads else None
 
@@ -214,14 +220,16 @@ class _DecodeIterator(grain.DatasetIterator):
         for row, documents in enumerate(decoded):
             names += self._place_row(batch, row, documents, packed)
         rejected = collections.Counter(packed.rejected) + self._undecodable
-        return PackedBatch(batch, tuple(names), packed.seen, dict(rejected))
+        return PackedBatch(batch, tuple(names), packed.seen, dict(rejected), {**self._examples, **packed.examples})
 
     def get_state(self) -> dict[str, Any]:
-        return {"parent": self._parent.get_state(), "undecodable": json.dumps(self._undecodable)}
+        undecodable, examples = json.dumps(self._undecodable), json.dumps(self._examples)
+        return {"parent": self._parent.get_state(), "undecodable": undecodable, "examples": examples}
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._parent.set_state(state["parent"])
         self._undecodable = collections.Counter(json.loads(state["undecodable"]))
+        self._examples = json.loads(state["examples"])
 
     def _decode_row(self, row: tuple) -> list[tuple[Candidate, tuple, list[np.ndarray] | Rejected]]:
         def patches(candidate: Candidate) -> list[np.ndarray] | Rejected:
@@ -247,6 +255,7 @@ class _DecodeIterator(grain.DatasetIterator):
                 counted = collections.Counter(packed.rejected) + self._undecodable
                 Ledger(self._packing.max_bad_fraction, packed.seen, counted).reject(patches)
                 self._undecodable[patches.reason] += 1
+                self._examples.setdefault(patches.reason, patches.name)
                 continue
             names.append(candidate.name)
             place_document(

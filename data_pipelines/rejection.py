@@ -34,13 +34,21 @@ class Ledger:
     Attributes:
       seen: documents so far, rejected ones among them.
       rejected: how many were rejected, by reason.
+      examples: the name of the first document rejected for each reason.
     """
 
-    def __init__(self, limit: float, seen: int = 0, rejected: Mapping[str, int] | None = None):
+    def __init__(
+        self,
+        limit: float,
+        seen: int = 0,
+        rejected: Mapping[str, int] | None = None,
+        examples: Mapping[str, str] | None = None,
+    ):
         """`limit` is the share of rejected documents, in [0, 1), above which `reject` raises."""
         self.limit = limit
         self.seen = seen
         self.rejected = collections.Counter(rejected or {})
+        self.examples = dict(examples or {})
 
     def reject(self, document: Rejected) -> None:
         """Counts a rejected document (which must have been counted as seen).
@@ -49,6 +57,7 @@ class Ledger:
           UserError: more than the limit of the documents seen are rejected.
         """
         self.rejected[document.reason] += 1
+        self.examples.setdefault(document.reason, document.name)
         total = self.rejected.total()
         if total > self.limit * max(self.seen, _SMALLEST_SAMPLE):
             reasons = ", ".join(f"{reason} {count}" for reason, count in self.rejected.most_common())

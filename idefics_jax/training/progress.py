@@ -31,6 +31,7 @@ class Progress:
         self._before: list[dict[str, float]] = state["interval"] if state else []
         self._metrics: list[dict[str, jax.Array]] = []
         self._documents: list[tuple[str, ...]] = []
+        self._named: set[str] = set()  # reasons of rejection that an example was printed of
         self._data_wait = 0.0
         self._since = time.monotonic()
 
@@ -66,8 +67,16 @@ class Progress:
         """
         return {"interval": self.interval(), "watch": self._watch.state()}
 
-    def report(self, step: int, learning_rate: float, rejected: dict[str, int]) -> dict[str, float]:
+    def report(
+        self, step: int, learning_rate: float, rejected: dict[str, int], examples: dict[str, str]
+    ) -> dict[str, float]:
         """Waits for the interval's metrics, prints a line and returns the scalars to write.
+
+        Args:
+          step: the last one done.
+          learning_rate: of that step.
+          rejected: documents rejected so far, by reason.
+          examples: the name of one document for each of these reasons; printed when the reason first comes up.
 
         Raises:
           Stopped: see `interval`.
@@ -86,6 +95,9 @@ class Progress:
         # By this interval's pace: the first one also compiled.
         left = (self._steps - step) * seconds / len(self._metrics)
         print(self._line(step, means, speed, left, sum(rejected.values())), flush=True)
+        for reason in sorted(rejected.keys() - self._named):
+            print(f"rejected as {reason}: {rejected[reason]} so far, among them {examples[reason]}", flush=True)
+        self._named |= rejected.keys()
         self._before = []
         self._metrics.clear()
         self._documents.clear()

@@ -28,7 +28,7 @@ def take(iterator, count: int) -> list:
 
 def assert_same(found, expected) -> None:
     assert found.documents == expected.documents
-    assert (found.seen, found.rejected) == (expected.seen, expected.rejected)
+    assert (found.seen, found.rejected, found.examples) == (expected.seen, expected.rejected, expected.examples)
     for name, array in expected.arrays.items():
         assert found.arrays[name].dtype == array.dtype
         np.testing.assert_array_equal(found.arrays[name], array, err_msg=name)
