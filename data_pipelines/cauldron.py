@@ -7,13 +7,15 @@ Schema: huggingface.co/datasets/HuggingFaceM4/the_cauldron. Text and loss as in 
     User: {question}<end_of_utterance>
     ...
 
-with the loss on the answers and the `<end_of_utterance>` that closes each.
+with the loss on the answers and the `<end_of_utterance>` that closes each. A turn may also hold `choices:
+list<string>`, one of which is its answer; it is then asked as a multiple-choice question (forms.py).
 """
 
 from typing import Any
 
 import pyarrow as pa
 
+from data_pipelines import forms
 from data_pipelines.image_files import read_image
 from data_pipelines.rejection import BadRow
 from idefics_jax.documents import EndOfUtterance, Image, Part, Text
@@ -39,7 +41,7 @@ def parts(row: dict[str, Any], image_root: str | None) -> tuple[Part, ...]:
     """Turns a row into the parts of a document; `image_root` is where images that hold only a path lie.
 
     Raises:
-      BadRow: an image or a text is missing, or there is no turn.
+      BadRow: an image or a text is missing, there is no turn, or an answer is none of its choices.
     """
     if not row["texts"]:
         raise BadRow("no-turns", "it has no turns; a conversation needs a question and an answer")
@@ -48,14 +50,25 @@ def parts(row: dict[str, Any], image_root: str | None) -> tuple[Part, ...]:
     for i, turn in enumerate(row["texts"]):
         if turn is None or turn["user"] is None or not turn["assistant"]:
             raise BadRow("null-text", f"turn {i} lacks its question or its answer; fill it in or drop the turn")
+        written = forms.written_out(turn)
         document += [
-            Text(turn["user"] if i == 0 else f"\nUser: {turn['user']}", trained=False),
+            Text(written["user"] if i == 0 else f"\nUser: {written['user']}", trained=False),
             EndOfUtterance(trained=False),
             Text("\nAssistant:", trained=False),
-            Text(f" {turn['assistant']}", trained=True),
+            Text(f" {written['assistant']}", trained=True),
             EndOfUtterance(trained=True),
         ]
     return tuple(document)
+
+
+def turns(row: dict[str, Any]) -> list[dict[str, Any] | None]:
+    """Returns the turns of a conversation."""
+    return list(row["texts"] or ())
+
+
+def with_turns(row: dict[str, Any], texts: list[dict[str, Any] | None]) -> dict[str, Any]:
+    """Returns a row with other turns."""
+    return {**row, "texts": texts}
 
 
 def units(row: dict[str, Any]) -> int:

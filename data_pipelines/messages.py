@@ -22,23 +22,27 @@ def parts(row: dict[str, Any], image_root: str | None) -> tuple[Part, ...]:
     Raises:
       BadRow: the messages are not questions and answers in turn, or one is empty.
     """
-    return cauldron.parts({"images": (), "texts": _turns(row)}, image_root)
+    return cauldron.parts({"images": (), "texts": turns(row)}, image_root)
 
 
 def units(row: dict[str, Any]) -> int:
     """Returns the number of turns: where a long conversation may be cut."""
-    return len(_turns(row))
+    return len(turns(row))
 
 
 def piece(row: dict[str, Any], first: int, end: int) -> dict[str, Any]:
     """Returns the conversation of turns [first, end)."""
-    spoken = [
-        {"role": role, "content": turn[role]} for turn in _turns(row)[first:end] for role in ("user", "assistant")
-    ]
-    return {"messages": spoken}
+    return with_turns(row, turns(row)[first:end])
 
 
-def _turns(row: dict[str, Any]) -> list[dict[str, str]]:
+def with_turns(row: dict[str, Any], texts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns a row with other turns."""
+    spoken = [{"role": role, "content": turn[role]} for turn in texts for role in ("user", "assistant")]
+    return {**row, "messages": spoken}
+
+
+def turns(row: dict[str, Any]) -> list[dict[str, str]]:
+    """Returns the messages as turns of a question and an answer; raises BadRow if they are not that."""
     messages = [message or {"role": None, "content": None} for message in row["messages"] or ()]
     system = ""
     if messages and messages[0]["role"] == "system":

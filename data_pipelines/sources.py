@@ -19,8 +19,8 @@ from idefics_jax.errors import UserError
 
 # Kind -> the module that knows its schema and turns its rows into documents.
 KINDS = {"cauldron": cauldron, "obelics": obelics, "pairs": pairs, "pdf": pages, "text": messages}
-# The rows of these are conversations of The Cauldron's form.
-CONVERSATIONS = ("cauldron",)
+# The rows of these are conversations: their modules also have `turns` and `with_turns`.
+CONVERSATIONS = ("cauldron", "text")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +53,9 @@ class SourceConfig:
             raise UserError(f"{where}: paths is empty; name its parquet files")
         if not 0 < self.weight < float("inf"):
             raise UserError(f"{where}: weight is {self.weight!r}; it must be a positive number")
-        if self.augmentation.shuffle_turns and self.kind not in CONVERSATIONS:
-            raise UserError(f"{where}: shuffle_turns is for kind {' or '.join(CONVERSATIONS)}, not {self.kind!r}")
+        of_turns = ", ".join(self.augmentation.of_turns_alone)
+        if of_turns and self.kind not in CONVERSATIONS:
+            raise UserError(f"{where}: {of_turns} is for kind {' or '.join(CONVERSATIONS)}, not {self.kind!r}")
         if self.window < 1:
             raise UserError(f"{where}: window is {self.window!r}; it must be at least 1 row group")
 
@@ -130,7 +131,13 @@ class DocumentSource:
         if isinstance(values, Rejected):
             return (values,)
         augmentation, kind = self._config.augmentation, KINDS[self._config.kind]
-        values, name = augmentation.of_row(values, np.random.default_rng(seed)), self._rows.name(group, row)
+        name = self._rows.name(group, row)
+        if augmentation.of_turns_alone:
+            try:
+                turns = augmentation.of_turns(kind.turns(values), np.random.default_rng(seed))
+            except BadRow as error:
+                return (Rejected(f"{self._config.name}/{name}", error.reason, str(error)),)
+            values = kind.with_turns(values, turns)
 
         def make(values: dict[str, Any], name: str) -> Any:
             document = _document(self._config, values, name)

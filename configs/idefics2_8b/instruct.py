@@ -78,6 +78,8 @@ TEXT = {
     "goat": (1_746_300, 0.001),
 }
 
+TURNS = {"max_turns": 7, "line_break": 0.05}  # code
+
 
 def get_config() -> ConfigDict:
     config = stage2.get_config()
@@ -108,18 +110,20 @@ def sources() -> dict[str, dict]:
             "paths": (f"{stage1.DATA}/{folder}/{name}/*.parquet",),
             "weight": conversations * times,
             "image_root": None,
-            "augmentation": augmentation(shuffle_turns=True) if kind == "cauldron" else {},
+            # Ours: a text dialogue goes on from turn to turn; the code shuffles those too.
+            "augmentation": augmentation(shuffle_turns=True) if kind == "cauldron" else dict(TURNS),
         }
         for kind, folder, sets in (("cauldron", "the_cauldron", CAULDRON), ("text", "text", TEXT))
         for name, (conversations, times) in sets.items()
     }
 
 
-def augmentation(*, shuffle_turns: bool) -> dict[str, bool | float]:
+def augmentation(*, shuffle_turns: bool) -> dict[str, bool | float | int]:
     """What chance does to images and turns (paper: all three are used)."""
     return {
         "split_share": 0.5,  # paper: half the samples keep the gain of all; the share of the released model is not told
         "upscale": 0.5,  # code
         "upscale_to": 2.0,  # code
         "shuffle_turns": shuffle_turns,
+        **TURNS,
     }

@@ -3,9 +3,10 @@
 import dataclasses
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from data_pipelines import cauldron, pairs
+from data_pipelines import cauldron, messages, pairs
 from data_pipelines.augmentation import Augmentation
 from data_pipelines.pipeline import DataConfig, Stage, batches
 from data_pipelines.sources import SourceConfig
@@ -93,10 +94,89 @@ def test_turns_come_in_another_order_in_another_epoch_and_none_is_lost(one_sourc
     assert {tuple(sorted(order)) for order in orders} == {(0, 1, 2, 3)}
 
 
+QUESTIONS = [{"user": f"what is {n}?", "assistant": f"number {n}"} for n in range(10)]
+
+
+def test_each_question_gets_a_suffix_and_each_answer_is_a_sentence():
+    augmentation = Augmentation(suffixes=("\nBe brief.", "\nOne word."), sentences=True)
+    turns = [turn for seed in range(100) for turn in augmentation.of_turns(QUESTIONS, np.random.default_rng(seed))]
+    asked = [turn["user"].split("\n") for turn in turns]
+    np.testing.assert_allclose(np.mean([suffix == "Be brief." for _, suffix in asked]), 0.5, atol=0.05)
+    assert {suffix for _, suffix in asked} == {"Be brief.", "One word."}
+    assert [question for question, _ in asked[:10]] == [turn["user"] for turn in QUESTIONS]
+    assert [turn["assistant"] for turn in turns[:10]] == [f"Number {n}." for n in range(10)]
+
+
+def test_turns_are_kept_up_to_a_number_after_shuffling():
+    kept = [
+        [turn["user"] for turn in Augmentation(max_turns=7, shuffle_turns=True).of_turns(QUESTIONS, rng)]
+        for rng in map(np.random.default_rng, range(50))
+    ]
+    assert {len(set(users)) for users in kept} == {7}
+    assert {user for users in kept for user in users} == {turn["user"] for turn in QUESTIONS}
+    assert Augmentation(max_turns=7).of_turns(QUESTIONS, np.random.default_rng(0)) == QUESTIONS[:7]
+    assert Augmentation(max_turns=7).of_turns(QUESTIONS[:3], np.random.default_rng(0)) == QUESTIONS[:3]
+
+
+def test_line_breaks_come_before_their_share_of_the_questions():
+    turns = [
+        turn
+        for seed in range(200)
+        for turn in Augmentation(line_break=0.05).of_turns(QUESTIONS, np.random.default_rng(seed))
+    ]
+    np.testing.assert_allclose(np.mean([turn["user"].startswith("\nwhat") for turn in turns]), 0.05, atol=0.01)
+    assert {turn["user"].lstrip("\n") for turn in turns} == {turn["user"] for turn in QUESTIONS}
+
+
+def test_choices_are_lettered_and_get_no_suffix():
+    turn = {"user": "which?", "assistant": "blue", "choices": ["red", "blue"]}
+    augmentation = Augmentation(suffixes=("\nBe brief.",), sentences=True, line_break=1.0)
+    asked = "\nQuestion: which?\nChoices:\nA. red\nB. blue\nAnswer with the letter."
+    assert augmentation.of_turns([turn], np.random.default_rng(0)) == [{"user": asked, "assistant": "Answer: B"}]
+
+
+def test_what_a_turn_lacks_is_left_for_its_kind_to_name(one_source, processor):
+    broken = [None, {"user": None, "assistant": "a"}, {"user": "q", "assistant": None}]
+    assert Augmentation(suffixes=("x",)).of_turns(broken, np.random.default_rng(0)) == broken
+    texts = [{"user": "?", "assistant": "c", "source": "s", "choices": ["a", "b"]}]
+    turn = pa.struct([("user", pa.string()), ("assistant", pa.string()), ("choices", pa.list_(pa.string()))])
+    schema = pa.schema([cauldron.SCHEMA.field("images"), ("texts", pa.list_(turn))])
+    good = [{**texts[0], "assistant": "b"}]
+    rows = [{"images": [], "texts": texts}, {"images": [], "texts": good}]
+    for chances in ({}, {"sentences": True}):
+        config = one_source(rows, "cauldron", schema, max_bad_fraction=0.9)
+        packed = next(start(with_augmentation(config, **chances), processor))
+        assert set(packed.documents) == {"mine/rows.parquet:1"}
+        assert packed.examples == {"choices": "mine/rows.parquet:0"}
+        assert "Answer with the letter." in processor.decode(packed.arrays["tokens"][0].tolist())
+
+
+def test_the_form_is_decided_by_the_document_and_again_on_resuming(one_source, processor):
+    rows = [
+        {"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "a"}]} for i in range(9)
+    ]
+    chances = {"suffixes": ("\nBe brief.", "\nOne word."), "line_break": 0.3, "sentences": True}
+    config = with_augmentation(one_source(rows, "text", messages.SCHEMA, lookahead=4), **chances)
+    iterator, states, packed = start(config, processor), [], []
+    for _ in range(4):
+        states.append(iterator.get_state())
+        packed.append(next(iterator))
+    for step in (1, 3):
+        resumed = start(dataclasses.replace(config, num_threads=2), processor)
+        resumed.set_state(states[step])
+        np.testing.assert_array_equal(next(resumed).arrays["tokens"], packed[step].arrays["tokens"])
+    text = processor.decode(np.concatenate([step.arrays["tokens"].ravel() for step in packed]).tolist())
+    assert all(word in text for word in ("Be brief.", "One word.", "A.", "\nq"))
+
+
 def test_impossible_chances_are_refused():
     with pytest.raises(UserError, match="augmentation.upscale is 1.5"):
         Augmentation(upscale=1.5)
     with pytest.raises(UserError, match="augmentation.upscale_to is 1.0; it must be at least 1.5"):
         Augmentation(upscale_to=1.0)
-    with pytest.raises(UserError, match="shuffle_turns is for kind cauldron, not 'pairs'"):
+    with pytest.raises(UserError, match="shuffle_turns is for kind cauldron or text, not 'pairs'"):
         SourceConfig("mine", "pairs", ("x",), augmentation=Augmentation(shuffle_turns=True))
+    with pytest.raises(UserError, match="suffixes, line_break is for kind cauldron or text, not 'pdf'"):
+        SourceConfig("mine", "pdf", ("x",), augmentation=Augmentation(suffixes=("x",), line_break=0.1))
+    with pytest.raises(UserError, match="augmentation.max_turns is 0"):
+        Augmentation(max_turns=0)
