@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from idefics_jax.batch import Batch
+from idefics_jax.cache import Cache, empty_cache
 from idefics_jax.errors import UserError
-from idefics_jax.inference.cache import Cache, empty_cache
 from idefics_jax.models.idefics2 import Idefics2
 from idefics_jax.stack import unrolled_params, unstack
 

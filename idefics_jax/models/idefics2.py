@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from idefics_jax.batch import Batch
+from idefics_jax.cache import Cache
 from idefics_jax.config import Idefics2Config
-from idefics_jax.inference.cache import Cache
 from idefics_jax.layers import Dtype
 from idefics_jax.models.mistral import Mistral
 from idefics_jax.models.perceiver import PerceiverConnector

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from idefics_jax.attention import Visibility, attend, rotary
+from idefics_jax.cache import Cache, write
 from idefics_jax.config import TextConfig
-from idefics_jax.inference.cache import Cache, write
 from idefics_jax.layers import Dtype, Embedding, GatedMLP, Linear, RMSNorm, shared_lora_a
 from idefics_jax.sharding import constrain
 from idefics_jax.stack import stack, unrolled
@@ -111,7 +111,7 @@ class Mistral(nn.Module):
           x: [B, T, D] embeddings.
           positions: int32 [B, T], from 0 within each document.
           segment_ids: int32 [B, T], 0 = padding; a token sees its own segment only.
-          cache: keys and values so far (inference/cache.py), or None.
+          cache: keys and values so far (cache.py), or None.
 
         Returns:
           Normed hidden states [B, T, D], and the cache with these T tokens written in.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from idefics_jax.inference.cache import empty_cache
+from idefics_jax.cache import empty_cache
 from idefics_jax.models.mistral import Mistral
 from tests.idefics_jax import reference
 from tests.idefics_jax.reference import LEAF, assert_close
