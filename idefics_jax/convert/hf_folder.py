@@ -16,10 +16,11 @@ import safetensors
 import safetensors.numpy
 from etils import epath
 
+from idefics_jax import full_disk
 from idefics_jax.config import Idefics2Config
 from idefics_jax.convert.hf import check_params, iter_to_hf
 from idefics_jax.convert.rules import leaves
-from idefics_jax.convert.staging import os_error, staged
+from idefics_jax.convert.staging import staged
 from idefics_jax.errors import UserError
 from idefics_jax.param_transforms.paths import flatten
 from idefics_jax.processor import Processor
@@ -199,7 +200,7 @@ def _write_tensors(folder: epath.Path, params: Mapping[str, Any], config: Idefic
         try:
             safetensors.numpy.save_file(shard, folder / file, metadata={"format": "pt"})
         except safetensors.SafetensorError as error:
-            raise os_error(error) from error
+            raise full_disk.os_error(error) or error from error
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         total = sum(leaf.nbytes for leaf in flatten(params).values())

@@ -2,6 +2,7 @@
 
 config.json             as Hugging Face writes it
 params/                 the parameters, an Orbax checkpoint
+fingerprint.json        sums of their leaves (fingerprint.py): Orbax itself does not notice a flipped bit
 generation_config.json  as it came, if it came from Hugging Face
 tokenizer.model, ...    the processor's files, if there is one
 """
@@ -15,13 +16,15 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from idefics_jax import full_disk
 from idefics_jax.config import Idefics2Config
 from idefics_jax.convert.hf import check_params
-from idefics_jax.convert.staging import os_error, staged
+from idefics_jax.convert.staging import staged
 from idefics_jax.errors import UserError
+from idefics_jax.fingerprint import changed, fingerprint
 from idefics_jax.processor import Processor
 
-PARAMS = "params"
+PARAMS, FINGERPRINT = "params", "fingerprint.json"
 
 
 def is_model_folder(path: epath.Path) -> bool:
@@ -53,13 +56,17 @@ def save_model(
       UserError: the params are not the config's, `path` holds something else, or it cannot be written.
     """
     check_params(params, config)
+    full_disk.check_room(path, params)
+    full_disk.say_once()
+    sums = fingerprint(params)
     with staged(path, replace=is_model_folder(epath.Path(path))) as folder:
         try:
             # Weights hardly compress, and compressing them holds another copy of them in memory.
             ocp.PyTreeCheckpointer(use_compression=False).save(folder / PARAMS, params)
         except ValueError as error:  # tensorstore's word for a full disk
-            raise os_error(error) from error
+            raise full_disk.os_error(error) or error from error
         if jax.process_index() == 0:
+            (folder / FINGERPRINT).write_text(json.dumps(sums, indent=2) + "\n")
             (folder / "config.json").write_text(json.dumps(config.to_hf(), indent=2) + "\n")
             if generation_config is not None:
                 (folder / "generation_config.json").write_text(json.dumps(generation_config, indent=2) + "\n")
@@ -92,6 +99,12 @@ def load_model(path: epath.PathLike, *, shardings: Any = None) -> tuple[dict[str
     arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
     with _named(path):
         params = ocp.PyTreeCheckpointer().restore(path.resolve() / PARAMS, item=wanted, restore_args=arguments)
+        damaged = changed(params, json.loads((path / FINGERPRINT).read_text()))
+    if damaged:
+        raise UserError(
+            f"{path / PARAMS} is damaged: {damaged[0]} and {len(damaged) - 1} more leaves are not what was saved; "
+            "convert or train the model again"
+        )
     return params, config
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +11,9 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from idefics_jax.errors import UserError
+
+# Attempts to remove what was not finished, and the pause between them.
+_REMOVALS, _SECONDS_BETWEEN = 20, 0.1
 
 
 @contextlib.contextmanager
@@ -57,15 +60,7 @@ def staged(path: epath.PathLike, *, replace: bool) -> Iterator[epath.Path]:
         ) from error
     finally:
         if first:
-            _remove(aside)
-
-
-def os_error(error: Exception) -> OSError:
-    """Returns the OSError that a library has wrapped in words of its own; raises `error` again if it wraps none."""
-    code = re.search(r"os[ _]error(?:_code=')? ?(\d+)", str(error))
-    if code is None:
-        raise error
-    return OSError(int(code[1]), os.strerror(int(code[1])))
+            _remove_at_last(aside)
 
 
 def _is_remote(path: epath.Path) -> bool:
@@ -75,6 +70,16 @@ def _is_remote(path: epath.Path) -> bool:
 def _remove(path: epath.Path) -> None:
     if path.exists():
         path.rmtree()
+
+
+def _remove_at_last(path: epath.Path) -> None:
+    """Removes a folder that writers which have failed may still be making files in."""
+    for _ in range(_REMOVALS):
+        if not path.exists():
+            return
+        with contextlib.suppress(OSError):
+            _remove(path)
+        time.sleep(_SECONDS_BETWEEN)
 
 
 def _wait_for_all(what: str) -> None:

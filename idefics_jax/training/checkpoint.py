@@ -1,14 +1,15 @@
 """Checkpoints of a run: the state, the data's position and a fingerprint, written by Orbax in the background.
 
     workdir/checkpoints/<step>/{state, data, meta}     newest `keep` steps
-    workdir/frozen/                                    frozen parameters, once
+    workdir/frozen/, frozen.fingerprint.json           frozen parameters, once
 
 A restore takes the newest step whose fingerprint is right, onto whatever mesh is current; a damaged step is set
 aside as `<step>.damaged`, never deleted.
 """
 
 import contextlib
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
@@ -17,8 +18,11 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
+from idefics_jax import full_disk
 from idefics_jax.errors import UserError
-from idefics_jax.training.fingerprint import fingerprint
+from idefics_jax.fingerprint import changed, fingerprint
+
+_FROZEN_FINGERPRINT = "frozen.fingerprint.json"
 
 
 class Checkpoints:
@@ -27,26 +31,13 @@ class Checkpoints:
     def __init__(self, workdir: epath.Path, *, keep: int):
         self.path = workdir / "checkpoints"
         self._keep = keep
+        full_disk.say_once()
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
-        with self._saying_what_failed():
+        with _saying_what_failed(self.path, self.latest_step):
             options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, cleanup_tmp_directories=True)
             return ocp.CheckpointManager(self.path, options=options)
-
-    @contextlib.contextmanager
-    def _saying_what_failed(self) -> Iterator[None]:
-        """Turns a failure to write into a sentence. Orbax reports a full disk at the next save or wait."""
-        try:
-            yield
-        except (OSError, ValueError, RuntimeError) as error:
-            if not any(word in str(error) for word in ("RESOURCE_EXHAUSTED", "No space", "too large", "Permission")):
-                raise
-            last = self.latest_step()
-            raise UserError(
-                f"{self.path} cannot be written ({str(error).splitlines()[0][:200]}); free some space and run the same "
-                f"command again: it goes on from {'the start' if last is None else f'step {last}'}"
-            ) from error
 
     def steps(self) -> list[int]:
         """Returns the committed steps, oldest first."""
@@ -69,7 +60,8 @@ class Checkpoints:
         """
         if step == self.latest_step():
             return
-        with self._saying_what_failed():
+        full_disk.check_room(self.path, state)
+        with _saying_what_failed(self.path, self.latest_step):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -110,10 +102,9 @@ class Checkpoints:
             step,
             args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), meta=ocp.args.JsonRestore()),
         )
-        wanted, found = restored.meta["fingerprint"], fingerprint(restored.state)
-        changed = sorted(path for path in {*wanted, *found} if wanted.get(path) != found.get(path))
-        if changed:
-            raise ValueError(f"{changed[0]} and {len(changed) - 1} more leaves are not what was saved")
+        damaged = changed(restored.state, restored.meta["fingerprint"])
+        if damaged:
+            raise ValueError(f"{damaged[0]} and {len(damaged) - 1} more leaves are not what was saved")
         self._manager.restore(step, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(data)))
         return restored.state, restored.meta["progress"]
 
@@ -124,7 +115,7 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns once every save has been committed, or raises what stopped it."""
-        with self._saying_what_failed():
+        with _saying_what_failed(self.path, self.latest_step):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
@@ -133,21 +124,54 @@ class Checkpoints:
 
 
 def save_frozen(workdir: epath.Path, frozen: Any) -> None:
-    """Saves the frozen parameters, unless they are there already."""
+    """Saves the frozen parameters and their fingerprint, unless they are there already."""
     path = workdir / "frozen"
-    if frozen and not path.exists():
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(path, frozen)
+    if not frozen or path.exists():
+        return
+    told = json.dumps(fingerprint(frozen), indent=2)
+    if jax.process_index() == 0:
+        (workdir / _FROZEN_FINGERPRINT).write_text(told + "\n")  # first: the folder is renamed into place once whole
+    full_disk.say_once()
+    with _saying_what_failed(path, lambda: None), ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, frozen)
 
 
 def load_frozen(workdir: epath.Path, abstract_frozen: Any) -> Any:
-    """Restores what `save_frozen` wrote, onto the shardings of `abstract_frozen`."""
+    """Restores what `save_frozen` wrote, onto the shardings of `abstract_frozen`.
+
+    Raises:
+      UserError: they are not what was saved.
+    """
     if not abstract_frozen:
         return {}
+    path = workdir / "frozen"
     with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(workdir / "frozen", abstract_frozen)
+        frozen = checkpointer.restore(path, abstract_frozen)
+    damaged = changed(frozen, json.loads((workdir / _FROZEN_FINGERPRINT).read_text()))
+    if damaged:
+        raise UserError(
+            f"{path} is damaged: {damaged[0]} and {len(damaged) - 1} more leaves are not what was saved; put the "
+            "folder back from a copy, or start again in another workdir"
+        )
+    return frozen
 
 
 def with_shardings(shapes: Any, shardings: Any) -> Any:
     """Returns the shapes as ShapeDtypeStructs that say where each leaf is to lie."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+@contextlib.contextmanager
+def _saying_what_failed(path: epath.Path, latest_step: Callable[[], int | None]) -> Iterator[None]:
+    """Turns a failure to write into a sentence. Orbax reports a full disk at the next save or wait."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        why = full_disk.refused(error)
+        if why is None:
+            raise
+        last = latest_step()
+        raise UserError(
+            f"{path} cannot be written ({why}); make room for it and run the same command again: it goes on "
+            f"from {'the start' if last is None else f'step {last}'}"
+        ) from error

@@ -118,6 +118,16 @@ def test_missing_part_is_one_sentence(tmp_path, part):
     assert "\n" not in str(error.value)
 
 
+def test_flipped_bit_is_named_by_its_leaf(tmp_path):
+    save_model(tmp_path / "model", random_params(), tiny.CONFIG, None)
+    path = max((p for p in (tmp_path / "model/params").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(bytes(content))
+    with pytest.raises(UserError, match=r"params is damaged: \[.*\] and 0 more leaves are not what was saved"):
+        load_model(tmp_path / "model")
+
+
 def test_shapes_are_known_without_the_weights(tmp_path):
     save_model(tmp_path / "model", random_params(np.float16), tiny.CONFIG, None)
     shutil.rmtree(tmp_path / "model" / "params" / "ocdbt.process_0")

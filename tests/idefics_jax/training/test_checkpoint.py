@@ -1,5 +1,6 @@
 """Checkpoints: what comes back is what was saved, damage is seen and survived, a full disk is a sentence."""
 
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -14,8 +15,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from idefics_jax import sharding
 from idefics_jax.errors import UserError
+from idefics_jax.fingerprint import fingerprint
+from idefics_jax.full_disk import check_room
 from idefics_jax.training.checkpoint import Checkpoints, load_frozen, save_frozen
-from idefics_jax.training.fingerprint import fingerprint
 
 
 def state(seed: float) -> dict:
@@ -95,6 +97,17 @@ def test_frozen_parameters_are_saved_once_and_come_back(tmp_path):
     assert load_frozen(workdir, {}) == {}
 
 
+def test_damaged_frozen_parameters_are_named(tmp_path):
+    workdir, frozen = epath.Path(tmp_path), {"a": {"kernel": jnp.arange(5000.0) ** 1.5}}
+    save_frozen(workdir, frozen)
+    path = max((p for p in (tmp_path / "frozen").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(bytes(content))
+    with pytest.raises(UserError, match=r"frozen is damaged: \['a'\]\['kernel'\]"):
+        load_frozen(workdir, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), frozen))
+
+
 def test_fingerprint_sees_changes_and_swaps_but_not_the_mesh():
     x = jax.random.normal(jax.random.key(0), (8, 16))
     plain = fingerprint({"x": x})
@@ -127,6 +140,14 @@ def test_a_full_disk_is_a_sentence_and_leaves_the_older_step(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)], capture_output=True, text=True, check=False
     )
-    assert "cannot be written" in done.stdout, done.stdout + done.stderr
+    assert "cannot be written (File too large)" in done.stdout, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
     assert "it goes on from step 1" in done.stdout
     assert [p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()] == ["1"]
+
+
+def test_too_small_a_disk_is_seen_before_anything_is_written(tmp_path):
+    beyond = jax.ShapeDtypeStruct((shutil.disk_usage(tmp_path).free // 4 + 2**28,), jnp.float32)
+    with pytest.raises(UserError, match=r"checkpoints cannot be written: it takes .* GiB and its disk has .* GiB free"):
+        check_room(tmp_path / "checkpoints", {"a": beyond})
+    check_room(tmp_path / "checkpoints", state(1))

@@ -31,3 +31,9 @@ def fingerprint(tree: Any) -> dict[str, int]:
     """Returns {path: sum} over the leaves of a tree of arrays of 1, 2 or 4 bytes an item."""
     leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
     return {path: int(value) for path, value in jax.device_get(_sums(leaves)).items()}
+
+
+def changed(tree: Any, wanted: dict[str, int]) -> list[str]:
+    """Returns the sorted paths of leaves whose sums are not those of a `fingerprint` taken earlier."""
+    found = fingerprint(tree)
+    return sorted(path for path in {*wanted, *found} if wanted.get(path) != found.get(path))
