@@ -29,6 +29,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks import report
+from configs import digits as digits_config
 from data_pipelines import digits
 from data_pipelines.packing import Pool, Sizes, misfit, pack_row
 from data_pipelines.sources import SourceConfig, read_documents
@@ -129,7 +130,7 @@ MIXES = {
         shape=BatchShape(rows=1, tokens=2048, vision_rows=2, patches=7296, images=8),
     ),
 }
-EMBEDDED_SHAPE = BatchShape(rows=1, tokens=128, vision_rows=1, patches=84, images=12)
+EMBEDDED_SHAPE = BatchShape(**{**digits_config.get_config().data.shape, "rows": 1})
 EMBEDDED = {"pairs": "pairs", "interleaved": "obelics", "conversations": "cauldron", "numbers": "cauldron"}
 
 
