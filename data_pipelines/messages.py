@@ -1,4 +1,5 @@
-"""Conversations without images, as chat data sets hold them: `messages: list<struct{role, content}>`.
+"""Conversations without images, as chat data sets hold them: `messages: list<struct{role, content}>`, or another layout
+of chat_layouts.py.
 
 Roles are user and assistant in turn; a system message is read as the beginning of the first question. Text and loss are
 those of The Cauldron's conversations (cauldron.py), and so is where a long one is cut.
@@ -6,14 +7,12 @@ those of The Cauldron's conversations (cauldron.py), and so is where a long one 
 
 from typing import Any
 
-import pyarrow as pa
-
-from data_pipelines import cauldron
+from data_pipelines import cauldron, chat_layouts
 from data_pipelines.rejection import BadRow
 from idefics_jax.documents import Part
 
-SCHEMA = pa.schema([("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])))])
-NEEDED = (SCHEMA,)
+SCHEMA = chat_layouts.MESSAGES
+NEEDED = chat_layouts.NEEDED
 
 
 def parts(row: dict[str, Any], image_root: str | None) -> tuple[Part, ...]:
@@ -43,7 +42,7 @@ def with_turns(row: dict[str, Any], texts: list[dict[str, Any]]) -> dict[str, An
 
 def turns(row: dict[str, Any]) -> list[dict[str, str]]:
     """Returns the messages as turns of a question and an answer; raises BadRow if they are not that."""
-    messages = [message or {"role": None, "content": None} for message in row["messages"] or ()]
+    messages = chat_layouts.messages(row)
     system = ""
     if messages and messages[0]["role"] == "system":
         system = f"{messages.pop(0)['content']}\n"
