@@ -78,7 +78,7 @@ class ParquetRows:
                 self._cache.move_to_end(group)
                 return self._cache[group]
             path, index = self._groups[group]
-            with _open(path) as file:
+            with open_file(path) as file:
                 table = file.read_row_group(index, columns=self._columns)
             if table.num_rows != self.group_rows[group]:
                 raise UserError(f"{path} has changed since it was opened; start again, and write new data to new files")
@@ -89,7 +89,7 @@ class ParquetRows:
 
 
 def expand(patterns: Sequence[str], *, where: str) -> list[str]:
-    """Returns the files that paths and globs name, sorted within each glob.
+    """Returns the files and folders that paths and globs name, sorted within each glob.
 
     Raises:
       UserError: nothing matches, or a file is named twice; `where` opens the message.
@@ -97,8 +97,8 @@ def expand(patterns: Sequence[str], *, where: str) -> list[str]:
     paths = []
     for pattern in patterns:
         found = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
-        if not found or not all(Path(path).is_file() for path in found):
-            raise UserError(f"{where} names {pattern!r}, which matches no file; give the path or glob of parquet files")
+        if not found or not all(Path(path).exists() for path in found):
+            raise UserError(f"{where} names {pattern!r}, which matches no file; give the path or glob of files")
         paths += found
     for path, count in collections.Counter(paths).items():
         if count > 1:
@@ -128,7 +128,8 @@ def reads_as(found: pa.DataType, wanted: pa.DataType) -> bool:
     return types.is_string(found) or types.is_large_string(found) or types.is_string_view(found)
 
 
-def _open(path: str) -> pq.ParquetFile:
+def open_file(path: str) -> pq.ParquetFile:
+    """Opens a parquet file whose pages are checked as they are read; raises UserError if it is not one."""
     try:
         return pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
     except (OSError, pa.ArrowInvalid) as error:
@@ -136,6 +137,6 @@ def _open(path: str) -> pq.ParquetFile:
 
 
 def _read_footer(path: str) -> Footer:
-    with _open(path) as file:
+    with open_file(path) as file:
         groups = range(file.num_row_groups)
         return Footer(path, file.schema_arrow, tuple(file.metadata.row_group(group).num_rows for group in groups))

@@ -1,7 +1,9 @@
-"""Sources: parquet files in a published schema, read as documents."""
+"""Sources: parquet files in a published schema, or prepared shards, read as documents."""
 
 import dataclasses
 import functools
+import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from data_pipelines import cauldron, cutting, messages, obelics, pages, pairs, parquet
+from data_pipelines import cauldron, cutting, manifest, messages, obelics, pages, pairs, parquet, records
 from data_pipelines.augmentation import Augmentation
 from data_pipelines.cache import Cache
 from data_pipelines.order import EpochOrder
@@ -21,6 +23,8 @@ from idefics_jax.errors import UserError
 KINDS = {"cauldron": cauldron, "obelics": obelics, "pairs": pairs, "pdf": pages, "text": messages}
 # The rows of these are conversations: their modules also have `turns` and `with_turns`.
 CONVERSATIONS = ("cauldron", "text")
+# What the names of files end in that preparation reads and training cannot.
+SEQUENTIAL = (".tar", ".jsonl", ".jsonl.gz")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +34,7 @@ class SourceConfig:
     Attributes:
       name: what its documents are called in messages and counts.
       kind: the schema of its files, a name in KINDS.
-      paths: parquet files, as paths or globs.
+      paths: parquet files, or what data_pipelines.prepare wrote (its folders, or shards in them), as paths or globs.
       weight: its share of the documents, relative to the other sources' weights.
       image_root: folder of the images that rows name instead of holding (OBELICS); None if there are none.
       window: row groups whose rows are shuffled together; twice as many may be in memory at once.
@@ -175,27 +179,64 @@ def read_documents(config: SourceConfig) -> Iterator[Document]:
             yield document
 
 
-def _open_rows(config: SourceConfig) -> parquet.ParquetRows:
-    footers = parquet.read_footers(parquet.expand(config.paths, where=f"source {config.name!r}: paths"))
-    columns = [_columns(footer, config) for footer in footers]
+def _open_rows(config: SourceConfig) -> parquet.ParquetRows | records.RecordRows:
+    where = f"source {config.name!r}"
+    paths = parquet.expand(config.paths, where=f"{where}: paths")
+    prepared = [path for path in paths if path.endswith(manifest.SUFFIX) or os.path.isdir(path)]
+    if prepared and len(prepared) < len(paths):
+        raise UserError(f"{where} mixes prepared shards with other files; make a source of each")
+    rows = _open_shards(config, paths) if prepared else _open_parquet(config, paths)
+    if not rows.group_rows.sum():
+        raise UserError(f"{where}: {', '.join(config.paths)} hold no rows; name files that do")
+    return rows
+
+
+def _open_parquet(config: SourceConfig, paths: list[str]) -> parquet.ParquetRows:
+    for path in paths:
+        if path.endswith(SEQUENTIAL):
+            raise UserError(
+                f"{path} of source {config.name!r} can only be read from end to end; prepare it (python -m "
+                f"data_pipelines.prepare --kind {config.kind} --input {shlex.quote(path)} --output FOLDER) and name "
+                "that folder"
+            )
+    footers = parquet.read_footers(paths)
+    columns = [columns_of(footer, config.kind, where=f"{footer.path} of source {config.name!r}") for footer in footers]
     if any(names != columns[0] for names in columns):
         raise UserError(f"source {config.name!r} mixes files with different image columns; make a source of each")
-    if not any(sum(footer.group_rows) for footer in footers):
-        raise UserError(f"source {config.name!r}: {', '.join(config.paths)} hold no rows; name files that do")
     return parquet.ParquetRows(footers, columns[0], cached_groups=2 * config.window)
 
 
-def _columns(footer: parquet.Footer, config: SourceConfig) -> list[str]:
-    """Returns the columns to read of a file of the source's kind."""
+def _open_shards(config: SourceConfig, paths: list[str]) -> records.RecordRows:
+    manifests = manifest.load_all(paths)
+    for found in manifests:
+        if found.kind != config.kind:
+            raise UserError(
+                f"{found.path} of source {config.name!r} says kind {found.kind!r}, not {config.kind!r}: set kind to "
+                f"{found.kind!r}"
+            )
+        records.check_shards(found.shards)
+    common = set.intersection(*(set(found.columns) for found in manifests))
+    columns = {name: form for name, form in manifests[0].columns.items() if name in common}
+    return records.RecordRows([shard for found in manifests for shard in found.shards], columns)
+
+
+def columns_of(footer: parquet.Footer, kind: str, *, where: str) -> list[str]:
+    """Returns the columns to read of a parquet file of a kind; raises UserError if they are not there.
+
+    Args:
+      footer: of the file.
+      kind: a name in KINDS.
+      where: opens the message.
+    """
     schema = footer.schema
-    for needed in KINDS[config.kind].NEEDED:
+    for needed in KINDS[kind].NEEDED:
         if _has(schema, needed):
             return needed.names
     others = [kind for kind, module in KINDS.items() if any(_has(schema, needed) for needed in module.NEEDED)]
     accepted = "; ".join(f"{kind}: {_show(module.SCHEMA)}" for kind, module in KINDS.items())
     raise UserError(
-        f"{footer.path} of source {config.name!r} has the columns {_show(schema)}, which are not those of kind "
-        f"{config.kind!r}: {f'set kind to {others[0]!r}' if others else f'convert it to one of {accepted}'}"
+        f"{where} has the columns {_show(schema)}, which are not those of kind {kind!r}: "
+        f"{f'set kind to {others[0]!r}' if others else f'convert it to one of {accepted}'}"
     )
 
 
@@ -209,7 +250,9 @@ def _show(schema: pa.Schema) -> str:
     return ", ".join(f"{field.name} {field.type}" for field in schema)
 
 
-def _values(config: SourceConfig, rows: parquet.ParquetRows, group: int, row: int) -> dict[str, Any] | Rejected:
+def _values(
+    config: SourceConfig, rows: parquet.ParquetRows | records.RecordRows, group: int, row: int
+) -> dict[str, Any] | Rejected:
     """Reads a row's columns."""
     name = f"{config.name}/{rows.name(group, row)}"
     try:
@@ -218,6 +261,8 @@ def _values(config: SourceConfig, rows: parquet.ParquetRows, group: int, row: in
         return Rejected(name, "not-utf8", "a text is not UTF-8; write it again")
     except (OSError, pa.ArrowInvalid) as error:
         return Rejected(name, "damaged-parquet", f"its row group cannot be read ({error})")
+    except BadRow as error:
+        return Rejected(name, error.reason, str(error))
 
 
 def _document(config: SourceConfig, values: dict[str, Any], name: str) -> Document | Rejected:

@@ -1,0 +1,147 @@
+"""What a folder of prepared shards says of itself: manifest.json, and how it is put together and checked.
+
+    {
+      "format": 1,
+      "kind": "obelics", "filters": {...}, ...      what was asked for
+      "columns": {"images": ["bytes"], ...},        the form of every row (training_form.py)
+      "documents": 1000, "images": 2310, "bytes": 123456789,
+      "dropped": {"null-text": {"documents": 3, "example": "page.parquet:17", "message": "..."}},
+      "filtered": {...},                            dropped as the filters ask: no fault of the data
+      "shards": [{"name": "00000-00000.array_record", "records": 500, "bytes": 61728394, "sha256": "..."}, ...],
+      "digest": "..."                               of the shards' digests, names and records
+    }
+
+The same inputs and settings give the same manifest to the byte, on any number of processes.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.training_form import Columns
+from idefics_jax.errors import UserError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+SUFFIX = ".array_record"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A finished shard: its file, how many records it holds, its size and its SHA-256 in hex."""
+
+    path: Path
+    records: int
+    bytes: int
+    sha256: str
+
+    def told(self) -> dict[str, Any]:
+        """Returns what a manifest says of it."""
+        return {"name": self.path.name, "records": self.records, "bytes": self.bytes, "sha256": self.sha256}
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What training needs of a manifest: the kind and the columns of the rows, the shards, and their digest."""
+
+    path: Path
+    kind: str
+    columns: Columns
+    shards: tuple[Shard, ...]
+    digest: str
+
+
+def load(folder: Path) -> Manifest:
+    """Returns the manifest of a prepared folder; raises UserError where there is none, or a damaged one."""
+    path = folder / MANIFEST
+    again = "prepare the folder again (python -m data_pipelines.prepare)"
+    try:
+        told = json.loads(path.read_bytes())
+        if told["format"] != FORMAT:
+            raise UserError(f"{path} is of format {told['format']!r}, this version reads {FORMAT}; {again}")
+        shards = tuple(
+            Shard(folder / os.path.basename(shard["name"]), shard["records"], shard["bytes"], shard["sha256"])
+            for shard in told["shards"]
+        )
+        manifest = Manifest(path, told["kind"], told["columns"], shards, told["digest"])
+        digest = digest_of(shards)
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder} holds no {MANIFEST}: its preparation has not ended, or never began; {again}"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}); {again}") from error
+    if digest != manifest.digest:
+        raise UserError(f"{path} is damaged: its shards' digests do not make up its own; {again}")
+    return manifest
+
+
+def load_all(paths: Sequence[str]) -> list[Manifest]:
+    """Returns the manifests of prepared folders, and of shards in such folders with those shards alone.
+
+    Raises:
+      UserError: a folder has no manifest, or a shard is none of its folder's.
+    """
+    folders: dict[Path, list[str]] = {}
+    for path in map(Path, paths):
+        folder, name = (path, "") if path.is_dir() else (path.parent, path.name)
+        folders.setdefault(folder, []).append(name)
+    manifests = []
+    for folder, names in folders.items():
+        whole = load(folder)
+        if names != [""]:
+            shards = {shard.path.name: shard for shard in whole.shards}
+            for name in names:
+                if name not in shards:
+                    raise UserError(
+                        f"{folder / name} is not among the shards of {whole.path}; name the folder, or shards of it"
+                    )
+            whole = dataclasses.replace(whole, shards=tuple(shards[name] for name in names))
+        manifests.append(whole)
+    return manifests
+
+
+def digest_of(shards: Sequence[Shard]) -> str:
+    """Returns the SHA-256 of the shards' digests, names and numbers of records, in hex."""
+    lines = [f"{shard.sha256} {shard.records} {shard.path.name}\n" for shard in shards]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def check_sizes(shards: Sequence[Shard]) -> None:
+    """Raises UserError naming the first shard that is missing or not as long as its manifest says."""
+    for shard in shards:
+        found = shard.path.stat().st_size if shard.path.is_file() else None
+        if found != shard.bytes:
+            was = "is missing" if found is None else f"has {found} bytes where its manifest says {shard.bytes}"
+            raise UserError(f"{shard.path} {was}; prepare it again (the same command mends only what is missing)")
+
+
+def check_digests(shards: Sequence[Shard]) -> None:
+    """Raises UserError naming every shard whose content is not what its manifest says."""
+    check_sizes(shards)
+    changed = [str(shard.path) for shard in shards if sha256_of(shard.path) != shard.sha256]
+    if changed:
+        raise UserError(f"{', '.join(changed)}: not the bytes of the manifest; delete and prepare again")
+
+
+def sha256_of(path: Path) -> str:
+    """Returns the SHA-256 of a file in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes a file that is never seen half-written, and is on the disk when this returns."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(aside, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, ensure_ascii=True)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
