@@ -1,10 +1,14 @@
-"""Images that a row names instead of holding: files under a folder, never fetched."""
+"""Images that a row names instead of holding: files under a folder, or in a store's index; never fetched."""
 
 import hashlib
 import os
 from pathlib import Path
 
+from data_pipelines import image_store
 from data_pipelines.rejection import BadRow
+
+# Reasons for which an image counts as missing.
+LOST = ("missing-image", image_store.WRONG_DIGEST)
 
 
 def read_image(name: str, root: str | None) -> bytes:
@@ -12,13 +16,17 @@ def read_image(name: str, root: str | None) -> bytes:
 
     Args:
       name: a path under `root`; or a URL, which is looked up as the file `root`/<SHA-256 of the URL in hex>.
-      root: the folder of the images; None if the source has none.
+      root: the folder of the images; None if the source has none. If it holds an index of image_store.py, names are
+        looked up there alone.
 
     Raises:
-      BadRow: there is no such file, or its path leads out of the folder.
+      BadRow: there is no such image, or its path leads out of the folder.
     """
     if root is None:
         raise BadRow("no-image-root", f"it names the image {name!r}; set the source's image_root to the images' folder")
+    store = image_store.opened(root)
+    if store is not None:
+        return store.read(name)
     file = hashlib.sha256(name.encode()).hexdigest() if "://" in name else os.path.normpath(name)
     if os.path.isabs(file) or file.split(os.sep)[0] == os.pardir:
         raise BadRow("outside-image-root", f"the image {name!r} lies outside {root}; move it there")
