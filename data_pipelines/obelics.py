@@ -1,14 +1,15 @@
 """Web pages in OBELICS' schema: texts and images in reading order, one of the two at each position.
 
 Schema: huggingface.co/datasets/HuggingFaceM4/OBELICS. It stores URLs; here they name files under `image_root`
-(image_files.py) and nothing is fetched. The loss is on all text.
+(image_files.py) and nothing is fetched. In the training form the images' bytes stand where their URLs stood. The
+columns `metadata` and `general_metadata` are not read. The loss is on all text.
 """
 
 from typing import Any
 
 import pyarrow as pa
 
-from data_pipelines.image_files import read_image
+from data_pipelines.image_files import LOST, read_image
 from data_pipelines.rejection import BadRow
 from idefics_jax.documents import Image, Part, Text
 
@@ -20,8 +21,11 @@ SCHEMA = pa.schema(
         ("texts", pa.list_(pa.string())),
     ]
 )
-# What a file must have: the metadata is not needed.
-NEEDED = (pa.schema([SCHEMA.field("images"), SCHEMA.field("texts")]),)
+# What a file must have, as published or in the training form: the metadata is not needed.
+NEEDED = (
+    pa.schema([SCHEMA.field("images"), SCHEMA.field("texts")]),
+    pa.schema([("images", pa.list_(pa.binary())), SCHEMA.field("texts")]),
+)
 
 
 def parts(row: dict[str, Any], image_root: str | None) -> tuple[Part, ...]:
@@ -30,20 +34,10 @@ def parts(row: dict[str, Any], image_root: str | None) -> tuple[Part, ...]:
     Raises:
       BadRow: the two lists differ in length, a position holds both or neither, or an image file is missing.
     """
-    images, texts = row["images"] or (), row["texts"] or ()
-    if len(images) != len(texts):
-        raise BadRow(
-            "lengths-differ", f"it has {len(images)} images and {len(texts)} texts; pad the shorter with nulls"
-        )
-    if not images:
-        raise BadRow("empty", "it has neither texts nor images; drop the row")
     document: list[Part] = []
-    for i, (image, text) in enumerate(zip(images, texts, strict=True)):
-        if (image is None) == (text is None):
-            holds = "neither" if image is None else "both"
-            raise BadRow("not-one-of-two", f"position {i} holds {holds} an image and a text; it must hold one of them")
+    for image, text in _positions(row):
         if image is not None:
-            document.append(Image(read_image(image, image_root)))
+            document.append(Image(_data(image, image_root)))
         elif document and isinstance(document[-1], Text):
             document.append(Text(f"\n\n{text}", trained=True))  # two texts in a row are two paragraphs
         else:
@@ -51,11 +45,60 @@ def parts(row: dict[str, Any], image_root: str | None) -> tuple[Part, ...]:
     return tuple(document)
 
 
+def with_images(row: dict[str, Any], image_root: str | None, *, max_missing: float | None) -> dict[str, Any]:
+    """Returns the row in the training form, with the images' bytes.
+
+    Args:
+      row: as published, or in the training form already.
+      image_root: where the images are.
+      max_missing: share of the images, in [0, 1], that may be missing: their positions are taken out. None for none.
+
+    Raises:
+      BadRow: as `parts`; or more images are missing.
+    """
+    kept, images = [], 0
+    positions = _positions(row)
+    for image, text in positions:
+        images += image is not None
+        try:
+            kept.append((image if image is None else _data(image, image_root), text))
+        except BadRow as error:
+            if max_missing is None or error.reason not in LOST:
+                raise
+    missing = len(positions) - len(kept)
+    if max_missing is not None and missing > max_missing * images:
+        raise BadRow(
+            "filter:document_max_missing_images", f"{missing} of its {images} images are missing; fetch them again"
+        )
+    return {**row, "images": [image for image, _ in kept], "texts": [text for _, text in kept]}
+
+
 def units(row: dict[str, Any]) -> int:
     """Returns the number of texts and images: where a long page may be cut."""
-    return len(row["texts"])
+    return len(row["texts"] or ())
 
 
 def piece(row: dict[str, Any], first: int, end: int) -> dict[str, Any]:
     """Returns the page of positions [first, end)."""
     return {**row, "images": row["images"][first:end], "texts": row["texts"][first:end]}
+
+
+def _positions(row: dict[str, Any]) -> list[tuple[str | bytes | None, str | None]]:
+    """Returns (image, text) of each position, one of them None; raises BadRow."""
+    images, texts = row["images"] or (), row["texts"] or ()
+    if len(images) != len(texts):
+        raise BadRow(
+            "lengths-differ", f"it has {len(images)} images and {len(texts)} texts; pad the shorter with nulls"
+        )
+    if not images:
+        raise BadRow("empty", "it has neither texts nor images; drop the row")
+    positions = list(zip(images, texts, strict=True))
+    for i, (image, text) in enumerate(positions):
+        if (image is None) == (text is None):
+            holds = "neither" if image is None else "both"
+            raise BadRow("not-one-of-two", f"position {i} holds {holds} an image and a text; it must hold one of them")
+    return positions
+
+
+def _data(image: str | bytes, image_root: str | None) -> bytes:
+    return image if isinstance(image, bytes) else read_image(image, image_root)

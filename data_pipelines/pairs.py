@@ -1,7 +1,9 @@
-"""Image-text pairs as img2dataset writes them to parquet: a caption, and the image under its format's name.
+"""Image-text pairs as img2dataset writes them: an image under its format's name, and a caption.
 
 Schema: github.com/rom1504/img2dataset with output_format=parquet; the image column is called jpg, png or webp after
-encode_format. The loss is on the caption.
+encode_format, the caption column `caption`, and columns it was told to save keep their names (LAION-COCO's synthetic
+captions beside the alt-text, for one). In the training form, and as read from its tars, the column is called `image`.
+The loss is on the caption.
 """
 
 from typing import Any
@@ -13,8 +15,9 @@ from idefics_jax.documents import Image, Part, Text
 
 # What this project writes; img2dataset adds columns on the download.
 SCHEMA = pa.schema([("key", pa.string()), ("png", pa.binary()), ("caption", pa.string()), ("url", pa.string())])
+IMAGE_COLUMNS = ("image", "jpg", "png", "webp")
 # What a file must have: one of these.
-NEEDED = tuple(pa.schema([(image, pa.binary()), ("caption", pa.string())]) for image in ("jpg", "png", "webp"))
+NEEDED = tuple(pa.schema([(image, pa.binary()), ("caption", pa.string())]) for image in IMAGE_COLUMNS)
 
 
 def parts(row: dict[str, Any], image_root: str | None) -> tuple[Part, ...]:
@@ -25,15 +28,45 @@ def parts(row: dict[str, Any], image_root: str | None) -> tuple[Part, ...]:
     """
     del image_root  # a pair holds its image
     caption = row["caption"]
-    data = next(value for name, value in row.items() if name != "caption")
-    if data is None:
-        raise BadRow("null-image", "it holds no image; drop the row")
     if not caption:
         raise BadRow("null-text", "it holds no caption; drop the row")
-    return Image(data), Text(caption, trained=True)
+    return Image(_data(row)), Text(caption, trained=True)
+
+
+def with_images(row: dict[str, Any], image_root: str | None, *, max_missing: float | None) -> dict[str, Any]:
+    """Returns the row in the training form, the image under `image`; raises BadRow if there is none."""
+    del image_root, max_missing  # a pair holds its image, and is nothing without it
+    return {"image": _data(row), **{name: value for name, value in row.items() if name not in IMAGE_COLUMNS}}
+
+
+def with_caption(row: dict[str, Any], captions: tuple[tuple[str, float], ...], draw: float) -> dict[str, Any]:
+    """Returns the row with one of several texts as its caption.
+
+    Args:
+      row: with the columns that `captions` names.
+      captions: (column, share of the rows) each; the shares are relative to their sum.
+      draw: a number in [0, 1) that decides. A row whose text of that column is null or empty takes the next column's
+        that is not, in the order of `captions` and round again: a pair is kept while it has any text.
+    """
+    if not captions:
+        return row
+    names, shares = zip(*captions, strict=True)
+    chosen, reached = 0, shares[0]
+    while reached <= draw * sum(shares) and chosen < len(names) - 1:
+        chosen += 1
+        reached += shares[chosen]
+    texts = (row[name] for name in names[chosen:] + names[:chosen])
+    return {**row, "caption": next(filter(None, texts), None)}
 
 
 def units(row: dict[str, Any]) -> int:
     """Returns 1: a pair is not cut."""
     del row
     return 1
+
+
+def _data(row: dict[str, Any]) -> bytes:
+    data = next((row[name] for name in IMAGE_COLUMNS if row.get(name) is not None), None)
+    if data is None:
+        raise BadRow("null-image", "it holds no image; drop the row")
+    return data

@@ -9,6 +9,8 @@ from idefics_jax.errors import UserError
 # The share of rejected documents is judged as if at least this many had been seen, so that one early bad document
 # does not look like a hundred per cent.
 _SMALLEST_SAMPLE = 1000
+# How reasons begin that are the config's own choice (filters.py), and no damage.
+FILTERED = "filter:"
 
 
 class BadRow(ValueError):
@@ -54,13 +56,15 @@ class Ledger:
         """Counts a rejected document (which must have been counted as seen).
 
         Raises:
-          UserError: more than the limit of the documents seen are rejected.
+          UserError: more than the limit of the documents seen are rejected, those that filters took aside.
         """
         self.rejected[document.reason] += 1
         self.examples.setdefault(document.reason, document.name)
-        total = self.rejected.total()
+        damage = {reason: count for reason, count in self.rejected.items() if not reason.startswith(FILTERED)}
+        damaged = collections.Counter(damage)
+        total = damaged.total()
         if total > self.limit * max(self.seen, _SMALLEST_SAMPLE):
-            reasons = ", ".join(f"{reason} {count}" for reason, count in self.rejected.most_common())
+            reasons = ", ".join(f"{reason} {count}" for reason, count in damaged.most_common())
             raise UserError(
                 f"{total} of {self.seen} documents were rejected ({reasons}), more than data.max_bad_fraction = "
                 f"{self.limit} allows; the last was {document.name}: {document.message}"
