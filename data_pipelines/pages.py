@@ -3,9 +3,10 @@
 A row is a document in The Cauldron's way of holding images, `images: list<struct{bytes, path}>`, with `texts:
 list<string>`, the text of each page: what OCR-IDL and PDFA hold, once the pages are rendered. The images come first and
 then the texts, joined by blank lines, as in the authors' code; the loss is on all text. A long document is cut between
-lines, and each piece has the images of the pages it touches.
+lines, a long line between words, and each piece has the images of the pages it touches.
 """
 
+import re
 from typing import Any
 
 import pyarrow as pa
@@ -17,25 +18,25 @@ from idefics_jax.documents import Part, Text
 
 SCHEMA = pa.schema([CAULDRON.field("images"), ("texts", pa.list_(pa.string()))])
 NEEDED = (SCHEMA,)
+# Where a line may be cut: after white space, into pieces of at most 200 characters, some 50 tokens. A word stays whole.
+_PIECES = re.compile(r".{1,199}(?:\s|$)|\s*\S+\s?", re.DOTALL)
 
 
 def parts(row: dict[str, Any], image_root: str | None) -> tuple[Part, ...]:
     """Turns a row into the parts of a document: the pages' images, then their texts.
 
     Raises:
-      BadRow: there is not one text for each image, or a page is missing.
+      BadRow: there is not one text for each image, a page is missing, or no page has text.
     """
-    images, texts = row["images"] or (), row["texts"] or ()
-    if not images or len(images) != len(texts):
-        raise BadRow("lengths-differ", f"it has {len(images)} page images and {len(texts)} texts; give one for each")
-    if any(text is None for text in texts):
-        raise BadRow("null-text", "a page has no text; give an empty one or drop the page")
+    texts = _texts(row)
     written = "\n\n".join(text for text in texts if text)
-    return (*(stored_image(image, image_root) for image in images), Text(written, trained=True))
+    if not written.strip():
+        raise BadRow("null-text", "no page has text; drop the document")
+    return (*(stored_image(image, image_root) for image in row["images"]), Text(written, trained=True))
 
 
 def units(row: dict[str, Any]) -> int:
-    """Returns the number of lines: where a long document may be cut."""
+    """Returns the number of lines, a long one counted in pieces: where a long document may be cut; raises BadRow."""
     return len(_lines(row))
 
 
@@ -43,10 +44,25 @@ def piece(row: dict[str, Any], first: int, end: int) -> dict[str, Any]:
     """Returns the document of lines [first, end), with the images of their pages."""
     lines = _lines(row)[first:end]
     pages = sorted({page for page, _ in lines})
-    texts = ["\n".join(line for own, line in lines if own == page) for page in pages]
+    texts = ["".join(line for own, line in lines if own == page).removesuffix("\n") for page in pages]
     return {"images": [row["images"][page] for page in pages], "texts": texts}
 
 
+def _texts(row: dict[str, Any]) -> list[str]:
+    """Returns the text of each page; raises BadRow."""
+    images, texts = row["images"] or (), row["texts"] or ()
+    if not images or len(images) != len(texts):
+        raise BadRow("lengths-differ", f"it has {len(images)} page images and {len(texts)} texts; give one for each")
+    if any(text is None for text in texts):
+        raise BadRow("null-text", "a page has no text; give an empty one or drop the page")
+    return texts
+
+
 def _lines(row: dict[str, Any]) -> list[tuple[int, str]]:
-    """Returns (page, line) of every line; a page without text is one empty line."""
-    return [(page, line) for page, text in enumerate(row["texts"]) for line in text.split("\n")]
+    """Returns (page, line) of every line with its line feed; a page without text is one empty line."""
+    return [
+        (page, piece)
+        for page, text in enumerate(_texts(row))
+        for line in re.split(r"(?<=\n)", text)
+        for piece in ([line] if len(line) <= 200 else _PIECES.findall(line))
+    ]
