@@ -62,7 +62,7 @@ class Filters:
     def __post_init__(self):
         for name in self.named:
             if not getattr(self, name) >= 0:
-                raise UserError(f"filters.{name} is {getattr(self, name)!r}; it must not be negative")
+                raise UserError(f"filters.{name} is {getattr(self, name)!r}; it must be a number and not negative")
         if self.image_max_aspect is not None and self.image_max_aspect < 1:
             raise UserError(f"filters.image_max_aspect is {self.image_max_aspect!r}; it must be at least 1")
 

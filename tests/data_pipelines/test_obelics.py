@@ -58,3 +58,29 @@ def test_rows_without_a_document_are_refused_by_reason(folder, images, texts, re
     with pytest.raises(BadRow) as refused:
         obelics.parts({"images": images, "texts": texts}, folder)
     assert refused.value.reason == reason
+
+
+def test_the_training_form_gives_the_same_document(folder):
+    page = {"images": [None, "a.png", None], "texts": ["One.", None, "Two."], "general_metadata": "{}"}
+    stored = obelics.with_images(page, folder, max_missing=None)
+    assert stored["images"] == [None, b"a", None]
+    assert stored["general_metadata"] == "{}"
+    assert obelics.parts(stored, None) == obelics.parts(page, folder)
+    assert obelics.with_images(stored, None, max_missing=None) == stored
+
+
+def test_missing_images_leave_the_page_up_to_their_share(folder):
+    page = {"images": ["gone.png", None, "a.png"], "texts": [None, "One.", None]}
+    kept = {"images": [None, b"a"], "texts": ["One.", None]}
+    assert obelics.with_images(page, folder, max_missing=0.5) == kept
+    for share, reason in [(None, "missing-image"), (0.49, "filter:document_max_missing_images")]:
+        with pytest.raises(BadRow) as refused:
+            obelics.with_images(page, folder, max_missing=share)
+        assert refused.value.reason == reason
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd"])
+def test_a_path_out_of_the_folder_is_no_missing_image(folder, name):
+    with pytest.raises(BadRow) as refused:
+        obelics.with_images({"images": [name], "texts": [None]}, folder, max_missing=1.0)
+    assert refused.value.reason == "outside-image-root"
