@@ -19,7 +19,7 @@ from data_pipelines.cache import Cache
 from data_pipelines.packing import Pool, Sizes, misfit, pack_row
 from data_pipelines.rejection import Ledger, Rejected
 from idefics_jax.batch import Batch, BatchShape, Encoded, empty_batch, place_document
-from idefics_jax.documents import Document
+from idefics_jax.documents import Document, Image
 from idefics_jax.errors import UserError
 from idefics_jax.images import RejectedImage
 from idefics_jax.processor import Processor
@@ -72,6 +72,9 @@ class PackedBatch:
 def encode(document: Document, processor: Processor, shape: BatchShape) -> Candidate | Rejected:
     """Turns a document into ids and sizes, or rejects it if no row could hold it; no pixel is decoded."""
     name = f"{document.source}/{document.id}"
+    count = sum(isinstance(part, Image) for part in document.parts)
+    if count > shape.images:
+        return Rejected(name, *misfit(Sizes(0, (0,) * count), shape))  # before so many headers are read
     try:
         encoded = processor.encode(document.parts, add_bos=True, add_eos=True)
     except RejectedImage as error:

@@ -73,7 +73,7 @@ def with_turns(row: dict[str, Any], texts: list[dict[str, Any] | None]) -> dict[
 
 def units(row: dict[str, Any]) -> int:
     """Returns the number of turns: where a long conversation may be cut."""
-    return len(row["texts"])
+    return len(row["texts"] or ())
 
 
 def piece(row: dict[str, Any], first: int, end: int) -> dict[str, Any]:

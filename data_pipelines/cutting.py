@@ -12,6 +12,10 @@ from data_pipelines.rejection import Rejected
 
 # What cutting may mend: the document is too large, not bad.
 TOO_LARGE = ("too-many-tokens", "too-many-images", "too-many-patches")
+# What a longer piece may mend: so far it has images alone.
+TOO_SHORT = ("nothing-trained",)
+# A document of so many units is tried whole first. A longer one is not: ten thousand images would be read for nothing.
+_TRIED_WHOLE = 256
 
 Piece = TypeVar("Piece")
 
@@ -29,15 +33,41 @@ def cut(units: int, make: Callable[[int, int], Piece | Rejected]) -> list[Piece 
       make: prepares the piece of units [first, end); with more units a piece is larger.
 
     Returns:
-      The pieces in order; a unit that is alone too large is there as Rejected.
+      The pieces in order; a unit that is alone too large is there as Rejected. At a piece that is bad the document
+      ends.
     """
-    pieces, first = [], 0
+    pieces, first, guess = [], 0, units if units <= _TRIED_WHOLE else 1
     while first < units:
-
-        def too_large(end: int, first: int = first) -> bool:
-            return is_too_large(make(first, end))
-
-        end = first + max(1, bisect.bisect_left(range(first + 1, units + 1), True, key=too_large))
-        pieces.append(make(first, end))
-        first = end
+        piece, end = _longest(first, units, guess, make)
+        pieces.append(piece)
+        if _is_bad(piece):
+            break
+        first, guess = end, end - first
     return pieces
+
+
+def _longest(first: int, units: int, guess: int, make: Callable[[int, int], Piece | Rejected]) -> tuple:
+    """Returns the longest piece from `first` that is not too large, and its end.
+
+    It begins at a guess, and no piece it tries is more than twice as long as the one it finds or guesses.
+    """
+    made: dict[int, Piece | Rejected] = {}
+
+    def too_large(end: int) -> bool:
+        made[end] = make(first, end)
+        return is_too_large(made[end])
+
+    fits, end, step = first, min(units, first + guess), 1
+    while not too_large(end):
+        if _is_bad(made[end]) and fits > first:
+            return made[fits], fits
+        if end == units or _is_bad(made[end]):
+            return made[end], end
+        fits, end, step = end, min(units, end + step), 2 * step
+    fits += bisect.bisect_left(range(fits + 1, end), True, key=too_large)
+    fits = max(fits, first + 1)
+    return made[fits], fits
+
+
+def _is_bad(piece: object) -> bool:
+    return isinstance(piece, Rejected) and piece.reason not in (*TOO_LARGE, *TOO_SHORT)

@@ -58,7 +58,7 @@ def written_out(turn: dict[str, Any]) -> dict[str, Any]:
     choices = turn.get("choices")
     if not choices:
         return turn
-    if None in choices or turn["assistant"] not in choices:
+    if not all(isinstance(choice, str) for choice in choices) or turn["assistant"] not in choices:
         raise BadRow("choices", f"a turn's answer is none of its {len(choices)} choices; write it as the choice is")
     user, answer = multiple_choice(turn["user"], choices, choices.index(turn["assistant"]))
     return {"user": user, "assistant": answer}

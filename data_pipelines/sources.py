@@ -136,26 +136,23 @@ class DocumentSource:
             return (values,)
         augmentation, kind = self._config.augmentation, KINDS[self._config.kind]
         name = self._rows.name(group, row)
-        if augmentation.of_turns_alone:
-            try:
+        try:
+            if augmentation.of_turns_alone:
                 turns = augmentation.of_turns(kind.turns(values), np.random.default_rng(seed))
-            except BadRow as error:
-                return (Rejected(f"{self._config.name}/{name}", error.reason, str(error)),)
-            values = kind.with_turns(values, turns)
+                values = kind.with_turns(values, turns)
+            units = max(1, kind.units(values))
+        except BadRow as error:
+            return (Rejected(f"{self._config.name}/{name}", error.reason, str(error)),)
 
-        def make(values: dict[str, Any], name: str) -> Any:
-            document = _document(self._config, values, name)
+        def make(first: int, end: int) -> Any:
+            whole = end - first == units
+            row, piece = (values, name) if whole else (kind.piece(values, first, end), f"{name}[{first}:{end}]")
+            document = _document(self._config, row, piece)
             if isinstance(document, Rejected):
                 return document
             return self._prepare(augmentation.of_document(document, np.random.default_rng((*seed, 1))))
 
-        whole = make(values, name)
-        if not cutting.is_too_large(whole) or kind.units(values) < 2:
-            return (whole,)
-        pieces = cutting.cut(
-            kind.units(values), lambda first, end: make(kind.piece(values, first, end), f"{name}[{first}:{end}]")
-        )
-        return tuple(pieces)
+        return tuple(cutting.cut(units, make))
 
 
 def _total(size: Callable[[Any], int], pieces: tuple[Any, ...]) -> int:

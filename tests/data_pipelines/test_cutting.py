@@ -41,6 +41,30 @@ def test_a_bad_document_is_not_cut():
     assert cut(3, lambda first, end: bad) == [bad]
 
 
+def test_what_came_before_the_bad_part_stays():
+    bad, bare = Rejected("x", "corrupt", "no image"), Rejected("x", "nothing-trained", "no text")
+
+    def make(first, end):
+        if first <= 6 < end:
+            return bad
+        return bare if end - first == 1 else (first, end) if end - first <= 4 else TOO_LONG
+
+    assert cut(10, make) == [bad]
+    assert cut(1000, make) == [(0, 4), bad]
+
+
+def test_cutting_tries_few_pieces_and_none_that_is_much_too_long():
+    tried = []
+
+    def make(first, end):
+        tried.append(end - first)
+        return (first, end) if end - first <= 7 else TOO_LONG
+
+    assert len(cut(10_000, make)) == 1429
+    assert max(tried) <= 14
+    assert len(tried) < 3 * 1429
+
+
 def talk(turns, images=1):
     texts = [{"user": f"what is {turn}?", "assistant": f"{turn}", "source": "s"} for turn in range(turns)]
     return {"images": [{"bytes": png(28, 28), "path": None}] * images, "texts": texts}
