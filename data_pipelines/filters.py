@@ -23,6 +23,8 @@ from idefics_jax.image_gate import RejectedImage, open_image
 
 # The column that holds a document's perplexity; the published pages have none.
 PERPLEXITY = "perplexity"
+# The reason of images that are missing, within document_max_missing_images.
+MISSING = f"{FILTERED}image_missing"
 # A header is read whatever it claims: the gate that stands before the decoder refuses bombs.
 _ANY_SIZE = 2**62
 

@@ -113,7 +113,7 @@ def read_footers(paths: Sequence[str]) -> list[Footer]:
 
 
 def reads_as(found: pa.DataType, wanted: pa.DataType) -> bool:
-    """Says whether values of a found type can stand for a wanted one: any list, any binary, a struct with more."""
+    """Says whether values of a found type can stand for a wanted one: any list or number, a struct with more."""
     types = pa.types
     if types.is_null(found):
         return True
@@ -123,6 +123,8 @@ def reads_as(found: pa.DataType, wanted: pa.DataType) -> bool:
     if types.is_struct(wanted):
         fields = {field.name: field.type for field in found} if types.is_struct(found) else {}
         return all(field.name in fields and reads_as(fields[field.name], field.type) for field in wanted)
+    if types.is_floating(wanted):
+        return types.is_floating(found) or types.is_integer(found)
     if types.is_binary(wanted):
         return types.is_binary(found) or types.is_large_binary(found) or types.is_binary_view(found)
     return types.is_string(found) or types.is_large_string(found) or types.is_string_view(found)

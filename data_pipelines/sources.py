@@ -1,5 +1,6 @@
 """Sources: parquet files in a published schema, or prepared shards, read as documents."""
 
+import collections
 import dataclasses
 import functools
 import os
@@ -11,9 +12,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from data_pipelines import cauldron, cutting, manifest, messages, obelics, pages, pairs, parquet, records
+from data_pipelines import cauldron, cutting, filters, manifest, messages, obelics, pages, pairs, parquet, records
 from data_pipelines.augmentation import Augmentation
 from data_pipelines.cache import Cache
+from data_pipelines.filters import Filters
 from data_pipelines.order import EpochOrder
 from data_pipelines.rejection import BadRow, Rejected
 from idefics_jax.documents import Document
@@ -25,6 +27,9 @@ KINDS = {"cauldron": cauldron, "obelics": obelics, "pairs": pairs, "pdf": pages,
 CONVERSATIONS = ("cauldron", "text")
 # What the names of files end in that preparation reads and training cannot.
 SEQUENTIAL = (".tar", ".jsonl", ".jsonl.gz")
+
+# What a column of a prepared shard holds (training_form.py), as parquet would.
+_STORED_AS = {"bytes": pa.binary(), "text": pa.string(), "number": pa.float64()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +44,9 @@ class SourceConfig:
       image_root: folder of the images that rows name instead of holding (OBELICS); None if there are none.
       window: row groups whose rows are shuffled together; twice as many may be in memory at once.
       augmentation: what chance changes about its documents.
+      filters: what is taken out of it. An image that is taken out of a page is counted as a rejected document is.
+      captions: (column, share of the documents) of each text that chance takes for a pair's caption; none for the
+        column `caption` alone. A pair without the text drawn has another of them (pairs.with_caption).
     """
 
     name: str
@@ -48,6 +56,8 @@ class SourceConfig:
     image_root: str | None = None
     window: int = 4
     augmentation: Augmentation = Augmentation()
+    filters: Filters = Filters()
+    captions: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self):
         where = f"source {self.name!r}"
@@ -62,6 +72,17 @@ class SourceConfig:
             raise UserError(f"{where}: {of_turns} is for kind {' or '.join(CONVERSATIONS)}, not {self.kind!r}")
         if self.window < 1:
             raise UserError(f"{where}: window is {self.window!r}; it must be at least 1 row group")
+        filters.check_kind(self.filters, self.kind, where=where)
+        if self.captions and self.kind != "pairs":
+            raise UserError(f"{where}: captions are for kind 'pairs', not {self.kind!r}; take them out")
+        for column, share in self.captions:
+            if not 0 < share < float("inf"):
+                raise UserError(f"{where}: the share of caption {column!r} is {share!r}; it must be a positive number")
+
+    @property
+    def is_random(self) -> bool:
+        """Whether a row may give another document in another epoch."""
+        return self.augmentation.is_random or len(self.captions) > 1
 
 
 class DocumentSource:
@@ -123,7 +144,7 @@ class DocumentSource:
         return sys.maxsize
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
-        place, random = self._order(index), self._config.augmentation.is_random
+        place, random = self._order(index), self._config.is_random
         seed = (self._seed, self._order.epoch(index) if random else 0, *place)
         if random:
             return self._make(*place, seed)
@@ -140,6 +161,7 @@ class DocumentSource:
             if augmentation.of_turns_alone:
                 turns = augmentation.of_turns(kind.turns(values), np.random.default_rng(seed))
                 values = kind.with_turns(values, turns)
+            values, taken = _filtered(self._config, values, np.random.default_rng((*seed, 2)).random())
             units = max(1, kind.units(values))
         except BadRow as error:
             return (Rejected(f"{self._config.name}/{name}", error.reason, str(error)),)
@@ -152,7 +174,8 @@ class DocumentSource:
                 return document
             return self._prepare(augmentation.of_document(document, np.random.default_rng((*seed, 1))))
 
-        return tuple(cutting.cut(units, make))
+        taken_out = [Rejected(f"{self._config.name}/{name}", reason, "an image of it") for reason in taken.elements()]
+        return (*cutting.cut(units, make), *taken_out)
 
 
 def _total(size: Callable[[Any], int], pieces: tuple[Any, ...]) -> int:
@@ -168,9 +191,10 @@ def read_documents(config: SourceConfig) -> Iterator[Document]:
     rows = _open_rows(config)
     for group, count in enumerate(rows.group_rows):
         for row in range(count):
-            values = _values(config, rows, group, row)
-            name = rows.name(group, row)
-            document = values if isinstance(values, Rejected) else _document(config, values, name)
+            document = _values(config, rows, group, row)
+            if not isinstance(document, Rejected):
+                name = rows.name(group, row)
+                document = _document(config, pairs.with_caption(document, config.captions, 0.0), name)
             if isinstance(document, Rejected):
                 raise UserError(f"{document.name} cannot be used ({document.message}); mend it or drop the row")
             yield document
@@ -197,7 +221,11 @@ def _open_parquet(config: SourceConfig, paths: list[str]) -> parquet.ParquetRows
                 "that folder"
             )
     footers = parquet.read_footers(paths)
-    columns = [columns_of(footer, config.kind, where=f"{footer.path} of source {config.name!r}") for footer in footers]
+    columns = []
+    for footer in footers:
+        needed = columns_of(footer, config.kind, where=f"{footer.path} of source {config.name!r}")
+        there = {field.name: field.type for field in footer.schema}
+        columns.append(list(dict.fromkeys(needed + _further_columns(config, there, footer.path))))
     if any(names != columns[0] for names in columns):
         raise UserError(f"source {config.name!r} mixes files with different image columns; make a source of each")
     return parquet.ParquetRows(footers, columns[0], cached_groups=2 * config.window)
@@ -214,7 +242,22 @@ def _open_shards(config: SourceConfig, paths: list[str]) -> records.RecordRows:
         records.check_shards(found.shards)
     common = set.intersection(*(set(found.columns) for found in manifests))
     columns = {name: form for name, form in manifests[0].columns.items() if name in common}
+    there = {name: _STORED_AS[form] for name, form in columns.items() if isinstance(form, str)}
+    _further_columns(config, there, manifests[0].path)
     return records.RecordRows([shard for found in manifests for shard in found.shards], columns)
+
+
+def _further_columns(config: SourceConfig, there: dict[str, pa.DataType], path: Any) -> list[str]:
+    """Returns the columns that captions and filters need; raises UserError if they are not there."""
+    needed = pa.schema([*((column, pa.string()) for column, _ in config.captions), *config.filters.columns])
+    for field in needed:
+        if field.name not in there or not parquet.reads_as(there[field.name], field.type):
+            what = "captions" if field.name in dict(config.captions) else "filters"
+            raise UserError(
+                f"{path} of source {config.name!r} has no column {field.name} {field.type}, which its {what} need; it "
+                f"has {', '.join(f'{name} {kind}' for name, kind in there.items())}"
+            )
+    return needed.names
 
 
 def columns_of(footer: parquet.Footer, kind: str, *, where: str) -> list[str]:
@@ -260,6 +303,20 @@ def _values(
         return Rejected(name, "damaged-parquet", f"its row group cannot be read ({error})")
     except BadRow as error:
         return Rejected(name, error.reason, str(error))
+
+
+def _filtered(
+    config: SourceConfig, values: dict[str, Any], draw: float
+) -> tuple[dict[str, Any], collections.Counter[str]]:
+    """Returns a row with its caption chosen and without what the filters take, and what they took; raises BadRow."""
+    values = pairs.with_caption(values, config.captions, draw)
+    if not config.filters.named:
+        return values, collections.Counter()
+    kind = KINDS[config.kind]
+    whole = kind.with_images(values, config.image_root, max_missing=config.filters.document_max_missing_images)
+    kept, taken = filters.apply(config.filters, whole, config.kind)
+    taken[filters.MISSING] += kind.units(values) - kind.units(whole)
+    return kept, taken
 
 
 def _document(config: SourceConfig, values: dict[str, Any], name: str) -> Document | Rejected:

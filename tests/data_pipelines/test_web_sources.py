@@ -1,0 +1,167 @@
+"""Web pages and pairs read with filters, missing images and several captions, as training reads them."""
+
+import dataclasses
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_pipelines import image_store, obelics, pairs
+from data_pipelines.cache import Cache
+from data_pipelines.filters import Filters
+from data_pipelines.pipeline import Stage, batches
+from data_pipelines.rejection import Rejected
+from data_pipelines.sources import DocumentSource, SourceConfig, read_documents
+from idefics_jax.documents import Image, Text
+from idefics_jax.errors import UserError
+from tests.data_pipelines.pictures import png
+from tests.data_pipelines.stores import write_webdataset
+
+
+def write(path, rows, schema) -> str:
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
+    return str(path)
+
+
+def elements(config: SourceConfig, count: int, seed=0) -> list[tuple]:
+    source = DocumentSource(
+        config,
+        prepare=lambda document: document,
+        prepared_size=lambda document: 1,
+        cache=Cache(2**20),
+        seed=seed,
+        shard_index=0,
+        shard_count=1,
+    )
+    return [source[index] for index in range(count)]
+
+
+def url(number: int) -> str:
+    return f"https://example.com/{number}.png"
+
+
+@pytest.fixture
+def pages(tmp_path) -> SourceConfig:
+    """Ten pages of two images and a text; the second image of the even ones is missing. Images grow with the page."""
+    fetched = [(url(n), None if n % 4 == 1 else png(30 + n, 40)) for n in range(20)]
+    tar = write_webdataset(tmp_path / "0.tar", fetched)
+    image_store.build([tar], str(tmp_path / "index"), sha256="stored", processes=1)
+    rows = [
+        {"images": [url(2 * n), None, url(2 * n + 1)], "texts": [None, f"page {n}", None], "perplexity": 10.0 * n}
+        for n in range(10)
+    ]
+    path = write(tmp_path / "pages.parquet", rows, obelics.SCHEMA.append(pa.field("perplexity", pa.float32())))
+    return SourceConfig("web", "obelics", (path,), image_root=str(tmp_path / "index"))
+
+
+def by_reason(read: list[tuple]) -> dict[str, int]:
+    reasons = [one.reason for element in read for one in element if isinstance(one, Rejected)]
+    return {reason: reasons.count(reason) for reason in sorted(set(reasons))}
+
+
+def test_a_missing_image_costs_its_page_unless_a_share_may_be_missing(pages):
+    assert by_reason(elements(pages, 10)) == {"missing-image": 5}
+    tolerant = dataclasses.replace(pages, filters=Filters(document_max_missing_images=0.5))
+    read = elements(tolerant, 10)
+    assert by_reason(read) == {"filter:image_missing": 5}
+    documents = {element[0].id: element[0].parts for element in read}
+    assert documents["pages.parquet:2"] == (Image(png(34, 40)), Text("page 2", trained=True))
+    assert len(documents["pages.parquet:3"]) == 3
+    strict = dataclasses.replace(pages, filters=Filters(document_max_missing_images=0.4))
+    assert by_reason(elements(strict, 10)) == {"filter:document_max_missing_images": 5}
+
+
+def test_every_filter_counts_what_it_takes_by_its_own_name(pages):
+    chosen = Filters(
+        image_min_side=37, document_max_missing_images=1.0, document_min_images=1, document_max_perplexity=55.0
+    )
+    read = elements(dataclasses.replace(pages, filters=chosen), 10)
+    assert by_reason(read) == {
+        "filter:document_max_perplexity": 4,
+        "filter:document_min_images": 3,  # pages 0 to 2, whose images are too small or missing
+        "filter:image_min_side": 1,  # of page 3; those of pages that go are not counted
+        "filter:image_missing": 1,  # of page 4
+    }
+    kept = sorted(element[0].id for element in read if not isinstance(element[0], Rejected))
+    assert kept == [f"pages.parquet:{n}" for n in (3, 4, 5)]
+
+
+def test_filters_need_their_columns(pages, tmp_path):
+    plain = write(tmp_path / "plain.parquet", [{"images": [None], "texts": ["a"]}], obelics.SCHEMA)
+    chosen = dataclasses.replace(pages, paths=(plain,), filters=Filters(document_max_perplexity=3.0))
+    with pytest.raises(
+        UserError, match="plain.parquet of source 'web' has no column perplexity double, which its filt"
+    ):
+        elements(chosen, 1)
+
+
+CAPTIONED = pairs.SCHEMA.append(pa.field("made", pa.string()))
+
+
+@pytest.fixture
+def captioned(tmp_path) -> SourceConfig:
+    rows = [
+        {"key": str(n), "png": png(28, 28), "caption": f"alt {n}", "url": "u", "made": f"made {n}" if n % 10 else None}
+        for n in range(200)
+    ]
+    path = write(tmp_path / "pairs.parquet", rows, CAPTIONED)
+    return SourceConfig("two", "pairs", (path,), captions=(("caption", 0.25), ("made", 0.75)))
+
+
+def captions(read: list[tuple]) -> dict[str, str]:
+    return {element[0].id: element[0].parts[1].text for element in read}
+
+
+def test_captions_are_drawn_by_share_anew_each_epoch_and_alike_on_resuming(captioned):
+    read = elements(captioned, 400)
+    first, second = captions(read[:200]), captions(read[200:])
+    made = sum(text.startswith("made") for text in first.values())
+    assert 110 < made < 160  # 0.75 of the 180 that have one
+    assert first != second
+    assert captions(elements(captioned, 400)[200:]) == second
+    assert all(text.split()[1] == name.split(":")[1] for name, text in first.items())
+    assert all(first[f"pairs.parquet:{n}"] == f"alt {n}" for n in range(0, 200, 10))
+
+
+def test_evaluation_takes_the_first_caption(captioned):
+    assert next(iter(read_documents(captioned))).parts[1].text == "alt 0"
+
+
+def test_captions_that_cannot_be_are_refused(captioned):
+    for change, message in [
+        ({"captions": (("nope", 1.0),)}, "has no column nope string, which its captions need; it has key string, png"),
+        ({"captions": (("made", 0.0),)}, "the share of caption 'made' is 0.0"),
+        ({"kind": "obelics"}, "captions are for kind 'pairs'"),
+        ({"filters": Filters(document_min_images=1)}, "not for kind 'pairs'"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            elements(dataclasses.replace(captioned, **change), 1)
+
+
+def test_a_resumed_run_repeats_captions_and_what_filters_took(one_source, processor, captioned, tmp_path):
+    """Through the whole pipeline: two captions, and images of which some are too small."""
+    rows = [
+        {"png": png(28 + n % 3, 28), "caption": "three", "made": "seven of them", "key": "", "url": ""}
+        for n in range(9)
+    ]
+    config = one_source(rows, "pairs", CAPTIONED)
+    source = dataclasses.replace(
+        config.stages[0].sources[0],
+        captions=(("caption", 1.0), ("made", 1.0)),
+        filters=Filters(image_max_side=29),
+    )
+    config = dataclasses.replace(config, stages=(Stage((source,)),))
+    data = batches(config, processor, shard_index=0, shard_count=1)
+    for _ in range(2):
+        next(data)
+    state = json.loads(json.dumps(data.get_state()))
+    expected = [next(data) for _ in range(3)]
+    again = batches(config, processor, shard_index=0, shard_count=1)
+    again.set_state(state)
+    for batch in expected:
+        resumed = next(again)
+        assert resumed.documents == batch.documents
+        assert resumed.rejected == batch.rejected
+        assert (resumed.arrays["tokens"] == batch.arrays["tokens"]).all()
+    assert set(expected[-1].rejected) == {"filter:image_max_side"}
