@@ -19,7 +19,7 @@ from data_pipelines.cache import Cache
 from data_pipelines.packing import Pool, Sizes, misfit, pack_row
 from data_pipelines.rejection import Ledger, Rejected
 from idefics_jax.batch import Batch, BatchShape, Encoded, empty_batch, place_document
-from idefics_jax.documents import Document, Image
+from idefics_jax.documents import Document, Image, Text
 from idefics_jax.errors import UserError
 from idefics_jax.images import RejectedImage
 from idefics_jax.processor import Processor
@@ -72,9 +72,9 @@ class PackedBatch:
 def encode(document: Document, processor: Processor, shape: BatchShape) -> Candidate | Rejected:
     """Turns a document into ids and sizes, or rejects it if no row could hold it; no pixel is decoded."""
     name = f"{document.source}/{document.id}"
-    count = sum(isinstance(part, Image) for part in document.parts)
-    if count > shape.images:
-        return Rejected(name, *misfit(Sizes(0, (0,) * count), shape))  # before so many headers are read
+    fault = _hopeless(document, processor, shape)
+    if fault is not None:
+        return Rejected(name, *fault)
     try:
         encoded = processor.encode(document.parts, add_bos=True, add_eos=True)
     except RejectedImage as error:
@@ -84,6 +84,21 @@ def encode(document: Document, processor: Processor, shape: BatchShape) -> Candi
     if fault is None and not encoded.trained[1:].any():
         fault = "nothing-trained", "it has no text to learn from; drop the row"
     return Candidate(name, encoded, sizes) if fault is None else Rejected(name, *fault)
+
+
+def _hopeless(document: Document, processor: Processor, shape: BatchShape) -> tuple[str, str] | None:
+    """Returns (reason, sentence) if a document is too large by its parts alone, before megabytes of it are encoded."""
+    images = sum(isinstance(part, Image) for part in document.parts)
+    if images > shape.images:
+        return misfit(Sizes(0, (0,) * images), shape)
+    characters = sum(len(part.text) for part in document.parts if isinstance(part, Text))
+    if characters > shape.tokens * processor.tokenizer.longest_piece:
+        return (
+            "too-many-tokens",
+            f"it has {characters} characters, more than the {shape.tokens} tokens of a row spell; raise "
+            "data.shape.tokens",
+        )
+    return None
 
 
 def encoded_size(candidate: Candidate | Rejected) -> int:

@@ -8,6 +8,7 @@ that spells one is encoded as text.
 
 import io
 import re
+import sys
 from collections.abc import Iterable
 
 import sentencepiece
@@ -31,6 +32,8 @@ class Tokenizer:
     Attributes:
       model: the sentencepiece file, byte for byte.
       vocab_size: ids in use, the control tokens among them.
+      longest_piece: the most characters of text that one id stands for; without byte fallback, where the unknown id
+        stands for any number, sys.maxsize.
       unk_id, bos_id, eos_id: as the sentencepiece model has them.
       pad_id: the unknown id, as released; padding is marked by segment 0, never by this id.
       fake_token_id, image_token_id, end_of_utterance_id: the control tokens.
@@ -48,6 +51,8 @@ class Tokenizer:
         first = len(spec.pieces)
         self.fake_token_id, self.image_token_id, self.end_of_utterance_id = range(first, first + len(CONTROL_TOKENS))
         self.vocab_size = first + len(CONTROL_TOKENS)
+        longest = max(len(piece.piece) for piece in spec.pieces)
+        self.longest_piece = longest if spec.trainer_spec.byte_fallback else sys.maxsize
 
     @classmethod
     def load(cls, path: epath.PathLike) -> "Tokenizer":

@@ -129,6 +129,11 @@ def test_a_million_characters_without_a_space_are_encoded(mistral):
     assert mistral.decode(mistral.encode("ab" * 500_000, at_start=True)) == "ab" * 500_000
 
 
+@given(text=st.text(alphabet=st.sampled_from(" x\n=-*\u00e9\u4e2d\U0001f468")).map(lambda text: text * 20))
+def test_no_id_stands_for_more_than_the_longest_piece(mistral, text):
+    assert len(text) <= len(mistral.encode(text, at_start=True)) * mistral.longest_piece
+
+
 def test_training_is_deterministic_and_small():
     texts = ["What digit is this? 7", "The digits are 3, 1 and 4."] * 20
     model = train_tokenizer(texts, 400)
