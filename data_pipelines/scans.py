@@ -54,7 +54,7 @@ def rows(source: str, data: bytes, annotations: Any) -> Iterator[tuple[str, dict
     """
     texts = page_texts(annotations)
     if not any(text.strip() for text in texts):
-        raise BadRow("null-text", "no page has text; drop the document")
+        raise BadRow("nothing-trained", "no page has text; drop the document")
     images = _pdf_pages(data, len(texts)) if source == "pdf" else _tiff_pages(data, len(texts))
     for first in range(0, len(texts), ROW_PAGES):
         run = texts[first : first + ROW_PAGES]

@@ -1,4 +1,4 @@
-"""Sources: parquet files in a published schema, or prepared shards, read as documents."""
+"""Sources: parquet files in a published schema, prepared shards, or TFDS sets, read as documents."""
 
 import collections
 import dataclasses
@@ -12,7 +12,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from data_pipelines import cauldron, cutting, filters, manifest, messages, obelics, pages, pairs, parquet, records
+from data_pipelines import (
+    cauldron,
+    cutting,
+    filters,
+    manifest,
+    messages,
+    obelics,
+    pages,
+    pairs,
+    parquet,
+    records,
+    tfds_source,
+)
 from data_pipelines.augmentation import Augmentation
 from data_pipelines.cache import Cache
 from data_pipelines.filters import Filters
@@ -25,6 +37,8 @@ from idefics_jax.errors import UserError
 KINDS = {"cauldron": cauldron, "obelics": obelics, "pairs": pairs, "pdf": pages, "text": messages}
 # The rows of these are conversations: their modules also have `turns` and `with_turns`.
 CONVERSATIONS = ("cauldron", "text")
+# Rows at random: `group_rows`, `name(group, row)` and `row(group, row)`.
+Rows = parquet.ParquetRows | records.RecordRows | tfds_source.TfdsRows
 # What the names of files end in that preparation reads and training cannot.
 SEQUENTIAL = (".tar", ".jsonl", ".jsonl.gz")
 
@@ -39,7 +53,8 @@ class SourceConfig:
     Attributes:
       name: what its documents are called in messages and counts.
       kind: the schema of its files, a name in KINDS.
-      paths: parquet files, or what data_pipelines.prepare wrote (its folders, or shards in them), as paths or globs.
+      paths: parquet files, what data_pipelines.prepare wrote (its folders, or shards in them), or the shards of a TFDS
+        set, as paths or globs.
       weight: its share of the documents, relative to the other sources' weights.
       image_root: folder of the images that rows name instead of holding (OBELICS); None if there are none.
       window: row groups whose rows are shuffled together; twice as many may be in memory at once.
@@ -47,6 +62,7 @@ class SourceConfig:
       filters: what is taken out of it. An image that is taken out of a page is counted as a rejected document is.
       captions: (column, share of the documents) of each text that chance takes for a pair's caption; none for the
         column `caption` alone. A pair without the text drawn has another of them (pairs.with_caption).
+      features: (field, feature) of each field of a row that a TFDS set calls otherwise than tfds_source.FIELDS does.
     """
 
     name: str
@@ -58,6 +74,7 @@ class SourceConfig:
     augmentation: Augmentation = Augmentation()
     filters: Filters = Filters()
     captions: tuple[tuple[str, float], ...] = ()
+    features: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self):
         where = f"source {self.name!r}"
@@ -200,15 +217,32 @@ def read_documents(config: SourceConfig) -> Iterator[Document]:
             yield document
 
 
-def _open_rows(config: SourceConfig) -> parquet.ParquetRows | records.RecordRows:
+def _open_rows(config: SourceConfig) -> Rows:
     where = f"source {config.name!r}"
     paths = parquet.expand(config.paths, where=f"{where}: paths")
-    prepared = [path for path in paths if path.endswith(manifest.SUFFIX) or os.path.isdir(path)]
-    if prepared and len(prepared) < len(paths):
-        raise UserError(f"{where} mixes prepared shards with other files; make a source of each")
-    rows = _open_shards(config, paths) if prepared else _open_parquet(config, paths)
+    forms = {_form(path) for path in paths}
+    if len(forms) > 1:
+        mixed = " with ".join(form for form in _OPEN if form in forms)
+        raise UserError(f"{where} mixes {mixed}; make a source of each")
+    (form,) = forms
+    if config.features and form != "TFDS shards":
+        raise UserError(f"{where}: features are for TFDS sets, and its paths name {form}; take them out")
+    rows = _OPEN[form](config, paths)
     if not rows.group_rows.sum():
         raise UserError(f"{where}: {', '.join(config.paths)} hold no rows; name files that do")
+    return rows
+
+
+def _form(path: str) -> str:
+    """Says what a path leads to, by its name."""
+    if tfds_source.is_shard(path):
+        return "TFDS shards"
+    return "prepared shards" if path.endswith(manifest.SUFFIX) or os.path.isdir(path) else "other files"
+
+
+def _open_tfds(config: SourceConfig, paths: list[str]) -> tfds_source.TfdsRows:
+    rows = tfds_source.TfdsRows(paths, config.kind, dict(config.features))
+    _further_columns(config, dict.fromkeys(rows.fields, pa.string()), paths[0])
     return rows
 
 
@@ -260,6 +294,9 @@ def _further_columns(config: SourceConfig, there: dict[str, pa.DataType], path: 
     return needed.names
 
 
+_OPEN = {"TFDS shards": _open_tfds, "prepared shards": _open_shards, "other files": _open_parquet}
+
+
 def columns_of(footer: parquet.Footer, kind: str, *, where: str) -> list[str]:
     """Returns the columns to read of a parquet file of a kind; raises UserError if they are not there.
 
@@ -290,9 +327,7 @@ def _show(schema: pa.Schema) -> str:
     return ", ".join(f"{field.name} {field.type}" for field in schema)
 
 
-def _values(
-    config: SourceConfig, rows: parquet.ParquetRows | records.RecordRows, group: int, row: int
-) -> dict[str, Any] | Rejected:
+def _values(config: SourceConfig, rows: Rows, group: int, row: int) -> dict[str, Any] | Rejected:
     """Reads a row's columns."""
     name = f"{config.name}/{rows.name(group, row)}"
     try:

@@ -112,7 +112,7 @@ def test_a_book_becomes_several_rows():
         ([("d.pdf", THREE), ("d.json", idl(TEXTS[:2]))], "lengths-differ"),
         ([("d.pdf", THREE), ("d.json", idl([*TEXTS, ["more"]]))], "lengths-differ"),
         ([("d.tif", tiff([(9, 9)])), ("d.json", idl(TEXTS))], "lengths-differ"),
-        ([("d.pdf", THREE), ("d.json", idl([[], [" "], []]))], "null-text"),
+        ([("d.pdf", THREE), ("d.json", idl([[], [" "], []]))], "nothing-trained"),
         ([("d.pdf", THREE[:900]), ("d.json", idl(TEXTS))], "corrupt"),
         ([("d.pdf", b""), ("d.json", idl(TEXTS))], "corrupt"),
         ([("d.pdf", b"%PDF-1.4 no more"), ("d.json", idl(TEXTS))], "corrupt"),
