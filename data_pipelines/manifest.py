@@ -2,11 +2,13 @@
 
     {
       "format": 1,
-      "kind": "obelics", "filters": {...}, ...      what was asked for
+      "kind": "obelics",
       "columns": {"images": ["bytes"], ...},        the form of every row (training_form.py)
-      "documents": 1000, "images": 2310, "bytes": 123456789,
+      "documents": 1000, "images": 2310, "bytes": 123456789, "seen": 1004,
       "dropped": {"null-text": {"documents": 3, "example": "page.parquet:17", "message": "..."}},
-      "filtered": {...},                            dropped as the filters ask: no fault of the data
+      "filtered": {...},                            documents that the filters took: no fault of the data
+      "filtered_images": {...},                     images that they took out of documents that stayed
+      "asked": {...}, "inputs": [...],              filters and sizes; the names of the files
       "shards": [{"name": "00000-00000.array_record", "records": 500, "bytes": 61728394, "sha256": "..."}, ...],
       "digest": "..."                               of the shards' digests, names and records
     }
@@ -136,12 +138,16 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def as_json(value: Mapping[str, Any]) -> bytes:
+    """Returns the bytes that `write_json` writes."""
+    return f"{json.dumps(value, indent=1)}\n".encode()
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes a file that is never seen half-written, and is on the disk when this returns."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(aside, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, ensure_ascii=True)
-        file.write("\n")
+    with open(aside, "wb") as file:
+        file.write(as_json(value))
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)

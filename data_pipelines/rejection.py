@@ -8,7 +8,7 @@ from idefics_jax.errors import UserError
 
 # The share of rejected documents is judged as if at least this many had been seen, so that one early bad document
 # does not look like a hundred per cent.
-_SMALLEST_SAMPLE = 1000
+SMALLEST_SAMPLE = 1000
 # How reasons begin that are the config's own choice (filters.py), and no damage.
 FILTERED = "filter:"
 
@@ -63,7 +63,7 @@ class Ledger:
         damage = {reason: count for reason, count in self.rejected.items() if not reason.startswith(FILTERED)}
         damaged = collections.Counter(damage)
         total = damaged.total()
-        if total > self.limit * max(self.seen, _SMALLEST_SAMPLE):
+        if total > self.limit * max(self.seen, SMALLEST_SAMPLE):
             reasons = ", ".join(f"{reason} {count}" for reason, count in damaged.most_common())
             raise UserError(
                 f"{total} of {self.seen} documents were rejected ({reasons}), more than data.max_bad_fraction = "

@@ -1,15 +1,16 @@
 """The training form: what a row of each kind looks like in a prepared shard.
 
 It is the kind's own row with images as bytes where the published form may name a file or a URL, so that training
-reads a shard with the same kind module as parquet, and needs nothing beside it. Columns of numbers are kept (scores to
-filter by), and of pairs every text (captions to choose from); the rest of the published columns is left behind.
+reads a shard with the same kind module as parquet, and needs nothing beside it. A perplexity is kept, to filter by
+again, and of pairs every text, to choose captions from; the other published columns are left behind.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from data_pipelines import obelics, pairs
+from data_pipelines import chat_layouts, obelics, pairs
 from data_pipelines.cauldron import stored_image
+from data_pipelines.filters import PERPLEXITY
 from data_pipelines.rejection import BadRow
 
 # A column's form: "bytes", "text" or "number"; a list of one form; or a group of named forms. Any value may be null.
@@ -47,16 +48,21 @@ def training_row(
     for name, column in COLUMNS[kind].items():
         if not fits(stored[name], column):
             raise BadRow("wrong-type", f"its {name} are not {column}; convert them")
-    kept = (int, float, str) if kind == "pairs" else (int, float)
-    return stored | {name: value for name, value in whole.items() if name not in stored and isinstance(value, kept)}
+    if kind == "pairs":
+        stored |= {name: value for name, value in whole.items() if name not in stored and isinstance(value, str)}
+    if isinstance(whole.get(PERPLEXITY), (int, float)):
+        stored[PERPLEXITY] = whole[PERPLEXITY]
+    return stored
 
 
 def _whole(kind: str, row: Mapping[str, Any], image_root: str | None, max_missing: float | None) -> Mapping[str, Any]:
     """Returns a row with its images as bytes."""
+    if kind == "text":
+        return {"messages": chat_layouts.messages(row)}
     if kind in ("obelics", "pairs"):
         return {"obelics": obelics, "pairs": pairs}[kind].with_images(row, image_root, max_missing=max_missing)
     images = row.get("images")
-    if images is None or not fits(images, COLUMNS[kind].get("images", "text")):
+    if images is None or not fits(images, _STORED_IMAGES):
         return row
     return {**row, "images": [{"bytes": stored_image(image, image_root).data, "path": None} for image in images]}
 

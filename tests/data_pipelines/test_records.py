@@ -204,7 +204,7 @@ def test_what_is_not_prepared_is_refused_with_the_mend(tmp_path):
     for paths, message in [
         ((tmp_path / "empty",), "holds no manifest.json"),
         ((stray,), "is not among the shards"),
-        ((tmp_path / "out", tmp_path / "a b.tar"), "mixes prepared shards with other files"),
+        ((tmp_path / "out", tmp_path / "a b.tar"), "mixes .*prepared shards"),
         ((tmp_path / "a b.tar",), r"data_pipelines.prepare --kind text --input '.*a b.tar' --output FOLDER"),
     ]:
         with pytest.raises(UserError, match=message):

@@ -1,0 +1,159 @@
+"""Converts files in a published form to the training form: ArrayRecord shards and their manifest.
+
+    python -m data_pipelines.prepare --kind obelics --input 'pages/*.parquet' --output shards --image_root downloads
+    python -m data_pipelines.prepare --output shards --verify
+
+Inputs are parquet files, webdataset tars and JSON lines, as the kind is published (readers.py). Each input is a unit of
+work (units.py); processes of this machine do them, or the workers of Apache Beam, with the same bytes either way:
+
+    python -m data_pipelines.prepare ... --runner DirectRunner [options of Beam, to the end of the line]
+
+The same command goes on after an interruption, and does nothing where all is done. Rows that are no documents are
+dropped, and counted by reason with an example in OUTPUT/manifest.json; training reads OUTPUT as a source's path.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_pipelines import filters, manifest, parquet, prepare_pool, readers
+from data_pipelines.preparation import Preparation, check_bad_fraction
+from data_pipelines.progress import Progress
+from data_pipelines.sources import KINDS
+from data_pipelines.units import Recipe, Report, finished, stamp_of
+from idefics_jax.errors import UserError
+
+RUNNER = "--runner"
+
+
+def open_inputs(recipe: Recipe, patterns: Sequence[str], output: Path) -> Preparation:
+    """Returns the preparation of the files that patterns name; those that can be checked without reading them are.
+
+    Raises:
+      UserError: a file is missing, has no reader, or has other columns than the kind's.
+    """
+    inputs = parquet.expand(patterns, where="--input")
+    for path in inputs:
+        readers.reader_of(path)
+    for footer in parquet.read_footers([path for path in inputs if path.endswith(".parquet")]):
+        readers.parquet_columns(footer, recipe.kind)
+    return Preparation(recipe, tuple(str(Path(path).absolute()) for path in inputs), output.absolute())
+
+
+def prepare(preparation: Preparation, *, processes: int, max_bad_fraction: float) -> dict[str, Any]:
+    """Prepares all inputs on this machine, and tells on stderr how it goes; returns the manifest.
+
+    Raises:
+      UserError: the folder holds something else, an input cannot be read, or more than `max_bad_fraction` of the rows
+        are bad.
+    """
+    with preparation.begun():
+        reports = {unit.number: report for unit in preparation.units if (report := finished(unit))}
+        rest = [unit for unit in preparation.units if unit.number not in reports]
+        if reports:
+            print(f"{len(reports)} of {len(preparation.inputs)} inputs are prepared already", file=sys.stderr)
+        progress = Progress({unit.number: stamp_of(unit.input)[0] for unit in rest}, sys.stderr)
+
+        def watch(begun: Mapping[int, Report], done: Sequence[int]) -> None:
+            progress.show(begun, done)
+            check_bad_fraction([*reports.values(), *begun.values()], max_bad_fraction)
+
+        try:
+            made = prepare_pool.run(rest, processes, watch) if rest else []
+        finally:
+            progress.end()
+        reports |= {unit.number: report for unit, report in zip(rest, made, strict=True)}
+        return preparation.finish([reports[number] for number in sorted(reports)], max_bad_fraction)
+
+
+def verify(folder: Path) -> manifest.Manifest:
+    """Returns a folder's manifest after reading every shard; raises UserError that names what is not as it says."""
+    told = manifest.load(folder)
+    manifest.check_digests(told.shards)
+    return told
+
+
+def main() -> None:
+    # What follows --runner, and the runner itself, is for Beam.
+    asked, beam = sys.argv[1:], None
+    if RUNNER in asked:
+        place = asked.index(RUNNER)
+        asked, beam = asked[:place], asked[place:]
+    parser = _parser()
+    arguments = parser.parse_args(asked)
+    if not arguments.verify and not (arguments.kind and arguments.input):
+        parser.error("give --kind and --input, or --verify")
+    try:
+        if arguments.verify:
+            told = verify(arguments.output)
+            print(f"{arguments.output}: all {len(told.shards)} shards are as {told.path.name} says, {told.digest}")
+        else:
+            print(_summary(arguments.output, _prepare(arguments, beam)))
+    except UserError as error:
+        parser.error(" ".join(str(error).split()))
+    except OSError as error:
+        parser.error(f"{error.filename}: {error.strerror}")
+
+
+def _prepare(arguments: argparse.Namespace, beam: list[str] | None) -> dict[str, Any]:
+    for name, least in (("processes", 1), ("shard_mib", 1), ("max_pixels", 1)):
+        if getattr(arguments, name) < least:
+            raise UserError(f"--{name} is {getattr(arguments, name)}; it must be at least {least}")
+    if not 0 <= arguments.max_bad_fraction < 1:
+        raise UserError(f"--max_bad_fraction is {arguments.max_bad_fraction}; it must be at least 0 and less than 1")
+    thresholds = filters.parse(arguments.filters)
+    filters.check_kind(thresholds, arguments.kind, where="--filters")
+    root = arguments.image_root
+    recipe = Recipe(
+        kind=arguments.kind,
+        image_root=None if root is None else str(Path(root).absolute()),
+        filters=thresholds,
+        max_pixels=arguments.max_pixels,
+        shard_mib=arguments.shard_mib,
+    )
+    preparation = open_inputs(recipe, arguments.input, arguments.output)
+    if beam is not None:
+        from data_pipelines import prepare_beam  # an environment of its own: requirements-beam.txt
+
+        return prepare_beam.prepare(preparation, beam, max_bad_fraction=arguments.max_bad_fraction)
+    return prepare(preparation, processes=arguments.processes, max_bad_fraction=arguments.max_bad_fraction)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_pipelines.prepare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder of the shards")
+    parser.add_argument("--kind", choices=KINDS, help="what the inputs hold")
+    parser.add_argument("--input", nargs="+", help="files, as paths or globs")
+    parser.add_argument("--image_root", help="folder or index (image_store.py) of images that rows name")
+    parser.add_argument("--filters", default="", help="name=threshold,name=threshold (filters.py)")
+    parser.add_argument("--max_pixels", type=int, default=64_000_000, help="drop documents with larger images")
+    parser.add_argument("--max_bad_fraction", type=float, default=0.01, help="share of bad rows that stops the run")
+    parser.add_argument("--shard_mib", type=int, default=256, help="size of a shard, in MiB")
+    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="that work at once")
+    parser.add_argument("--verify", action="store_true", help="check the shards in OUTPUT against its manifest")
+    return parser
+
+
+def _summary(output: Path, told: dict[str, Any]) -> str:
+    """Returns what a manifest holds, in a few lines."""
+    lines = [
+        f"{output}: {told['documents']} documents with {told['images']} images, "
+        f"{told['bytes'] / 2**20:.1f} MiB in {len(told['shards'])} shards"
+    ]
+    for name in ("dropped", "filtered"):
+        for reason, what in told[name].items():
+            lines.append(f"  {name} {what['documents']}: {reason}, such as {what['example']}: {what['message']}")
+    lines += [f"  images taken {count}: {reason}" for reason, count in told["filtered_images"].items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

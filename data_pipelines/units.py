@@ -1,0 +1,207 @@
+"""One unit of preparation: one input file into finished shards and a report of what became of its rows.
+
+Shards are written aside and renamed, then the report (units/NUMBER.json) makes them count; a unit that is killed at
+any point leaves nothing that counts. A unit whose report is there, whose input has the size and the time of change that
+the report names, and whose shards have their sizes, is finished and is not done again. Whether processes of this
+machine or workers of Apache Beam run it, the bytes are the same.
+"""
+
+import collections
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from data_pipelines import filters, manifest, readers, records, training_form
+from data_pipelines.filters import Filters
+from data_pipelines.manifest import Shard
+from data_pipelines.rejection import BadRow, Rejected
+from data_pipelines.sources import KINDS
+from idefics_jax import image_gate
+from idefics_jax.documents import Image, Part
+from idefics_jax.errors import UserError
+from idefics_jax.image_gate import RejectedImage
+
+ASIDE = ".aside"
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What decides, with the input, the bytes of the shards.
+
+    Attributes:
+      kind: of the rows, a name in sources.KINDS.
+      image_root: where images that the rows only name are found (image_files.py); None if they hold them.
+      filters: what to leave out.
+      max_pixels: most pixels of an image; a document with a larger one is dropped.
+      shard_mib: size at which another shard begins, in MiB.
+    """
+
+    kind: str
+    image_root: str | None
+    filters: Filters
+    max_pixels: int
+    shard_mib: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """What is to be done with one input: its place among the inputs from 0, its path, how, and the folder to fill."""
+
+    number: int
+    input: str
+    recipe: Recipe
+    output: Path
+
+    @property
+    def report_path(self) -> Path:
+        """Where its report is written."""
+        return self.output / "units" / f"{self.number:05}.json"
+
+
+@dataclasses.dataclass
+class Report:
+    """What became of a unit's rows, so far or in all.
+
+    Attributes:
+      seen: rows read.
+      documents: rows kept.
+      images: images in those.
+      bytes: of the records.
+      filtered_images: images that filters took out of documents that stayed, by reason.
+      dropped: by reason, {"documents": how many, "example": the id of the first, "message": why}.
+      columns: of the rows, as training_form.py says.
+      shards: finished ones, as manifest.Shard tells of them.
+    """
+
+    seen: int = 0
+    documents: int = 0
+    images: int = 0
+    bytes: int = 0
+    filtered_images: dict[str, int] = dataclasses.field(default_factory=dict)
+    dropped: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    columns: dict[str, Any] = dataclasses.field(default_factory=dict)
+    shards: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    def drop(self, document: Rejected) -> None:
+        """Counts a row that is not kept."""
+        first = {"documents": 0, "example": document.name, "message": document.message}
+        self.dropped.setdefault(document.reason, first)["documents"] += 1
+
+
+def prepare_unit(unit: Unit, watch: Callable[[Unit, Report], None] = lambda unit, report: None) -> Report:
+    """Prepares a unit, unless it is finished.
+
+    Args:
+      unit: what to do.
+      watch: told of the report after each row; what it raises ends the unit.
+
+    Raises:
+      UserError: the input cannot be read at all, or the shards cannot be written.
+    """
+    report = finished(unit)
+    if report is not None:
+        return report
+    stamp, report = stamp_of(unit.input), Report(columns=dict(training_form.COLUMNS[unit.recipe.kind]))
+    (unit.output / ASIDE).mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f"{unit.number:05}-", dir=unit.output / ASIDE))
+    try:
+        kept = _records(unit, report, watch)
+        shards = records.write_shards(
+            kept, aside, prefix=f"{unit.number:05}", shard_bytes=unit.recipe.shard_mib * 2**20
+        )
+        report.shards = [shard.told() for shard in _publish(unit, shards)]
+    except RuntimeError as error:
+        raise UserError(
+            f"{unit.output}: a shard cannot be written ({error}); free some space, and give the same command again: "
+            "it goes on after the last finished input"
+        ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    unit.report_path.parent.mkdir(exist_ok=True)
+    manifest.write_json(unit.report_path, {"input": unit.input, "stamp": stamp, **dataclasses.asdict(report)})
+    return report
+
+
+def finished(unit: Unit) -> Report | None:
+    """Returns the report of a unit that need not be done again, else None."""
+    try:
+        told = json.loads(unit.report_path.read_bytes())
+        if told.pop("input") != unit.input or told.pop("stamp") != stamp_of(unit.input):
+            return None
+        report = Report(**told)
+        manifest.check_sizes(shards_of(report, unit.output))
+    except (OSError, ValueError, KeyError, TypeError):  # UserError is a ValueError
+        return None
+    return report
+
+
+def shards_of(report: Report, folder: Path) -> list[Shard]:
+    """Returns the shards that a report names."""
+    return [Shard(folder / told["name"], told["records"], told["bytes"], told["sha256"]) for told in report.shards]
+
+
+def stamp_of(path: str) -> list[int]:
+    """Returns [size, time of change in ns] of an input: of a folder, those of all its files, added and the latest.
+
+    The content is not read: an input of terabytes is told apart in no time, one changed under the same size and time
+    is not.
+    """
+    files = [Path(path)] if not os.path.isdir(path) else [file for file in Path(path).rglob("*") if file.is_file()]
+    stats = [file.stat() for file in files]
+    return [sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)]
+
+
+def _records(unit: Unit, report: Report, watch: Callable[[Unit, Report], None]) -> Iterator[bytes]:
+    """Yields the records of the rows that are kept, and counts all."""
+    kind = unit.recipe.kind
+    for name, row in readers.reader_of(unit.input)(unit.input, kind):
+        report.seen += 1
+        try:
+            stored = None if isinstance(row, Rejected) else _stored(unit, row, report)
+            record = stored and records.encode(name, stored)
+        except (BadRow, RejectedImage) as error:
+            row, record = Rejected(name, error.reason, str(error)), None
+        if record is None:
+            report.drop(row)
+        else:
+            report.documents += 1
+            report.images += training_form.images_in(kind, stored)
+            report.bytes += len(record)
+            report.columns |= training_form.columns_of(kind, stored)
+            yield record
+        watch(unit, report)
+
+
+def _stored(unit: Unit, row: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Returns a row as it is kept, having made its document once; raises BadRow or RejectedImage."""
+    recipe = unit.recipe
+    stored = training_form.training_row(
+        recipe.kind, row, recipe.image_root, max_missing=recipe.filters.document_max_missing_images
+    )
+    stored, taken = filters.apply(recipe.filters, stored, recipe.kind)
+    _check_images(KINDS[recipe.kind].parts(stored, None), recipe.max_pixels)
+    report.filtered_images = dict(sorted((collections.Counter(report.filtered_images) + taken).items()))
+    return stored
+
+
+def _check_images(parts: tuple[Part, ...], max_pixels: int) -> None:
+    """Raises RejectedImage if an image's header is not one; no pixel is decoded."""
+    for part in parts:
+        if isinstance(part, Image):
+            image_gate.open_image(part.data, max_pixels=max_pixels)
+
+
+def _publish(unit: Unit, shards: list[Shard]) -> list[Shard]:
+    """Moves shards to their places, removes what an earlier run had there beyond them, and returns them there."""
+    placed = [dataclasses.replace(shard, path=unit.output / shard.path.name) for shard in shards]
+    for aside, shard in zip(shards, placed, strict=True):
+        os.replace(aside.path, shard.path)
+    for path in unit.output.glob(f"{unit.number:05}-*{manifest.SUFFIX}"):
+        if path not in {shard.path for shard in placed}:
+            path.unlink()
+    return placed

@@ -1,0 +1,340 @@
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_pipelines import cauldron, filters, manifest, obelics, pairs, prepare
+from data_pipelines.filters import Filters
+from data_pipelines.preparation import Preparation
+from data_pipelines.sources import SourceConfig, read_documents
+from data_pipelines.units import Recipe, prepare_unit
+from idefics_jax.errors import UserError
+from tests.data_pipelines.pictures import png
+
+ROOT = Path(__file__).parents[2]
+RECIPE = Recipe(kind="pairs", image_root=None, filters=Filters(), max_pixels=1_000_000, shard_mib=1)
+SCHEMAS = {"pairs": pairs.SCHEMA, "obelics": obelics.SCHEMA, "cauldron": cauldron.SCHEMA}
+
+
+def pair(caption, image: bytes | None = None) -> dict:
+    return {"key": "0", "png": png(28, 28) if image is None else image, "caption": caption, "url": "x"}
+
+
+def write(path: Path, rows: list[dict], kind: str = "pairs", **options) -> str:
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMAS[kind]), path, **options)
+    return str(path)
+
+
+def several(folder: Path, files: int, rows: int) -> list[str]:
+    """Writes files of pairs, the third row of each without a caption."""
+    return [
+        write(folder / f"{i}.parquet", [pair(None if row == 2 else f"{i} {row}") for row in range(rows)])
+        for i in range(files)
+    ]
+
+
+def here(preparation: Preparation, max_bad_fraction: float = 0.5) -> dict:
+    """Prepares in this process; returns the manifest."""
+    with preparation.begun():
+        return preparation.finish([prepare_unit(unit) for unit in preparation.units], max_bad_fraction)
+
+
+def opened(inputs: list[str], output: Path, **changes) -> Preparation:
+    return prepare.open_inputs(dataclasses.replace(RECIPE, **changes), inputs, output)
+
+
+def command(*arguments, kind: str = "pairs") -> list[str]:
+    return [sys.executable, "-m", "data_pipelines.prepare", "--kind", kind, *map(str, arguments)]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Returns the files of a preparation that its inputs alone decide."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix == ".array_record"} | {
+        "manifest": (folder / manifest.MANIFEST).read_bytes()
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("pairs", "pairs"), ("interleaved", "obelics"), ("conversations", "cauldron"), ("numbers", "cauldron")],
+)
+def test_training_reads_the_same_documents_from_shards_as_from_parquet(tmp_path, digits_folder, name, kind):
+    path, root = str(digits_folder / f"{name}.parquet"), str(digits_folder)
+    told = here(opened([path], tmp_path / "out", kind=kind, image_root=root))
+    published = list(read_documents(SourceConfig(name, kind, (path,), image_root=root)))
+    prepared = list(read_documents(SourceConfig(name, kind, (str(tmp_path / "out"),))))
+    assert [document.parts for document in prepared] == [document.parts for document in published]
+    assert told["documents"] == told["seen"] == len(published) > 0
+    assert told["dropped"] == {}
+
+
+def test_any_number_of_processes_makes_the_same_bytes(tmp_path):
+    inputs = several(tmp_path, files=3, rows=20)
+    told = here(opened(inputs, tmp_path / "here"))
+    for processes in (1, 2):
+        made = prepare.prepare(opened(inputs, tmp_path / f"{processes}"), processes=processes, max_bad_fraction=0.5)
+        assert made == told
+        assert contents(tmp_path / f"{processes}") == contents(tmp_path / "here")
+    assert (told["documents"], told["seen"]) == (57, 60)
+    assert told["dropped"] == {
+        "null-text": {
+            "documents": 3,
+            "example": "0.parquet:2",
+            "message": "it holds no caption; drop the row",
+        }
+    }
+
+
+def test_a_second_run_changes_nothing(tmp_path):
+    inputs, out = several(tmp_path, files=2, rows=5), tmp_path / "out"
+    here(opened(inputs, out))
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert len(before) == 6
+    here(opened(inputs, out))
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_what_changed_or_went_is_prepared_again_and_nothing_else(tmp_path):
+    inputs, out = several(tmp_path, files=3, rows=5), tmp_path / "out"
+    whole = here(opened(inputs, out))
+    before = contents(out)
+    times = [(out / f"0000{i}-00000.array_record").stat().st_mtime_ns for i in range(3)]
+    (out / "00001-00000.array_record").unlink()
+    assert here(opened(inputs, out)) == whole
+    assert contents(out) == before
+    assert [(out / f"0000{i}-00000.array_record").stat().st_mtime_ns for i in (0, 2)] == times[::2]
+    write(Path(inputs[2]), [pair("other")])
+    assert here(opened(inputs, out))["documents"] == 9
+    documents = read_documents(SourceConfig("mine", "pairs", (str(out),)))
+    assert [document.parts[-1].text for document in documents][-2:] == ["1 4", "other"]
+
+
+def test_shards_beyond_those_of_a_changed_input_go(tmp_path):
+    big = [pair("x", png(300, 300) + os.urandom(600_000)) for _ in range(4)]
+    path, out = write(tmp_path / "a.parquet", big), tmp_path / "out"
+    assert len(here(opened([path], out))["shards"]) == 4
+    write(Path(path), big[:1])
+    assert len(here(opened([path], out))["shards"]) == 1
+    assert len(list(out.glob("*.array_record"))) == 1
+
+
+def test_an_interrupted_change_leaves_no_manifest_of_other_shards(tmp_path):
+    inputs, out = several(tmp_path, files=2, rows=5), tmp_path / "out"
+    here(opened(inputs, out))
+    write(Path(inputs[0]), [pair("other")])
+    with pytest.raises(KeyboardInterrupt), opened(inputs, out).begun():
+        raise KeyboardInterrupt
+    with pytest.raises(UserError, match="holds no manifest.json"):
+        list(read_documents(SourceConfig("mine", "pairs", (str(out),))))
+    here(opened(inputs, out))
+
+
+def test_killed_in_the_middle_of_an_input_and_started_again_it_makes_the_same_bytes(tmp_path):
+    """The input is a pipe that gives half of it, so the kill always comes there."""
+    lines = [
+        "".join(json.dumps({"question": f"{number} {i}?", "answer": "x" * 50}) + "\n" for i in range(2000))
+        for number in range(3)
+    ]
+    inputs = [tmp_path / f"{number}.jsonl" for number in range(3)]
+    for path, text in zip(inputs, lines, strict=True):
+        path.write_text(text)
+    out, names = tmp_path / "out", [str(path) for path in inputs]
+    here(opened(names, tmp_path / "unbroken", kind="text", max_pixels=64_000_000))
+    inputs[1].unlink()
+    os.mkfifo(inputs[1])
+    arguments = command("--input", *names, "--output", out, "--processes", 2, "--shard_mib", 1, kind="text")
+    process = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.DEVNULL)
+    with contextlib.suppress(BrokenPipeError), open(inputs[1], "w") as pipe:
+        pipe.write(lines[1][: len(lines[1]) // 2])
+        pipe.flush()
+        wait_until(lambda: len(list((out / "units").glob("*.json"))) == 2)
+        assert list((out / ".aside").glob("00001-*"))
+        assert process.poll() is None
+        process.kill()
+        process.wait()
+        wait_until(lambda: pipe.write("\n" * 100_000) == 0)  # breaks when the process that reads it has ended too
+    inputs[1].unlink()
+    inputs[1].write_text(lines[1])
+    finished = [(out / f"units/0000{number}.json").stat().st_mtime_ns for number in (0, 2)]
+    subprocess.run(arguments, cwd=ROOT, check=True, capture_output=True)
+    assert contents(out) == contents(tmp_path / "unbroken")
+    assert [(out / f"units/0000{number}.json").stat().st_mtime_ns for number in (0, 2)] == finished
+    assert not (out / ".aside").exists()
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_another_command_in_the_same_folder_is_refused_with_what_differs(tmp_path):
+    inputs, out = several(tmp_path, files=3, rows=5), tmp_path / "out"
+    here(opened(inputs[:2], out))
+    for preparation, message in [
+        (opened(inputs[:2], out, shard_mib=2), "shard_mib: 1 -> 2"),
+        (opened(inputs[:2], out, filters=Filters(image_min_side=9)), "filters.image_min_side: None -> 9"),
+        (opened(inputs[:1], out), r"1 inputs no longer given, such as .*1\.parquet"),
+        (opened(inputs, out), r"1 inputs newly given, such as .*2\.parquet"),
+        (opened(inputs[1::-1], out), "inputs come in another order"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            here(preparation)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").write_text("")
+    with pytest.raises(UserError, match="holds something else"):
+        here(opened(inputs, tmp_path / "taken"))
+
+
+def test_two_at_once_in_a_folder_are_kept_apart(tmp_path):
+    inputs, out = several(tmp_path, files=1, rows=5), tmp_path / "out"
+    with opened(inputs, out).begun(), pytest.raises(UserError, match="another preparation is at work"):
+        here(opened(inputs, out))
+
+
+def test_bad_rows_are_counted_by_reason_with_the_first_as_example(tmp_path):
+    rows = [
+        pair("good"),
+        pair("none", b""),
+        pair("cut", png(28, 28)[:20]),
+        pair("cut too", png(28, 28)[:20]),
+        pair("bomb", png(28, 28)[:16] + b"\x00\x00\xff\xff" * 2 + png(28, 28)[24:]),
+        pair(""),
+        pair("fine"),
+    ]
+    told = here(opened([write(tmp_path / "a.parquet", rows)], tmp_path / "out"))
+    found = {reason: (told["documents"], told["example"]) for reason, told in told["dropped"].items()}
+    assert found == {
+        "truncated": (2, "a.parquet:2"),
+        "empty": (1, "a.parquet:1"),
+        "bomb": (1, "a.parquet:4"),
+        "null-text": (1, "a.parquet:5"),
+    }
+    kept = read_documents(SourceConfig("mine", "pairs", (str(tmp_path / "out"),)))
+    assert [document.parts[-1].text for document in kept] == ["good", "fine"]
+
+
+def test_rows_of_a_damaged_row_group_are_dropped_and_the_others_kept(tmp_path):
+    rows = [pair(f"caption {i}" * 9) for i in range(30)]
+    options = {"row_group_size": 10, "write_page_checksum": True, "compression": "none", "use_dictionary": False}
+    path = Path(write(tmp_path / "a.parquet", rows, **options))
+    data = bytearray(path.read_bytes())
+    data[data.index(b"caption 15") + 9] ^= 1
+    path.write_bytes(data)
+    told = here(opened([str(path)], tmp_path / "out"))
+    assert (told["documents"], told["seen"]) == (20, 30)
+    assert told["dropped"]["damaged-parquet"]["documents"] == 10
+    assert told["dropped"]["damaged-parquet"]["example"] == "a.parquet:10"
+
+
+def test_too_many_bad_rows_stop_the_run_with_reasons_and_the_mend(tmp_path):
+    inputs, out = [write(tmp_path / "a.parquet", [pair("x")] * 200 + [pair(None)] * 40)], tmp_path / "out"
+    arguments = command("--input", *inputs, "--output", out, "--processes", 1)
+    stopped = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert stopped.returncode == 2
+    assert "rows are bad (null-text" in stopped.stderr
+    assert "such as a.parquet:200" in stopped.stderr
+    assert "--max_bad_fraction 0.01 allows" in stopped.stderr
+    assert not (out / manifest.MANIFEST).exists()
+    more = subprocess.run(
+        [*arguments, "--max_bad_fraction", "0.5"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "200 documents with 200 images" in more.stdout
+    assert "dropped 40: null-text" in more.stdout
+
+
+def test_filters_drop_by_name_and_do_not_count_as_bad(tmp_path):
+    rows = [pair("large"), pair("small", png(5, 28))]
+    chosen = filters.parse("image_min_side=20")
+    told = here(opened([write(tmp_path / "a.parquet", rows * 600)], tmp_path / "out", filters=chosen), 0.0)
+    assert told["documents"] == 600
+    assert told["dropped"] == {}
+    assert told["filtered"]["filter:image_min_side"]["documents"] == 600
+    assert told["asked"]["filters"] == {"image_min_side": 20}
+
+
+def test_a_page_loses_the_images_that_filters_take_and_keeps_the_rest(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(40, 40))
+    (tmp_path / "b.png").write_bytes(png(5, 28))
+    row = {"images": ["a.png", None, "b.png", None], "texts": [None, "words", None, "more"]}
+    inputs = [write(tmp_path / "a.parquet", [row], "obelics")]
+    chosen = Filters(image_min_side=20)
+    told = here(opened(inputs, tmp_path / "out", kind="obelics", image_root=str(tmp_path), filters=chosen))
+    assert told["filtered_images"] == {"filter:image_min_side": 1}
+    assert (told["documents"], told["images"]) == (1, 1)
+
+
+def test_the_captions_of_pairs_and_a_perplexity_come_along(tmp_path):
+    extra = [("synthetic", pa.string()), ("perplexity", pa.float32()), ("width", pa.int32())]
+    schema = pa.schema([*pairs.SCHEMA, *extra])
+    table = pa.Table.from_pylist([pair("a") | {"synthetic": "b", "perplexity": 2.5, "width": 3}], schema=schema)
+    pq.write_table(table, tmp_path / "a.parquet")
+    told = here(opened([str(tmp_path / "a.parquet")], tmp_path / "out"))
+    columns = {"image": "bytes", "caption": "text", "key": "text", "perplexity": "number"}
+    assert told["columns"] == columns | {"synthetic": "text", "url": "text"}
+    source = SourceConfig("mine", "pairs", (str(tmp_path / "out"),), captions=(("synthetic", 1.0),))
+    (document,) = read_documents(source)
+    assert document.parts[-1].text == "b"
+
+
+def test_verify_names_the_shards_whose_bytes_changed(tmp_path, capsys):
+    out = tmp_path / "out"
+    here(opened(several(tmp_path, files=2, rows=5), out))
+    assert len(prepare.verify(out).shards) == 2
+    shard = out / "00001-00000.array_record"
+    data = bytearray(shard.read_bytes())
+    data[-1000] ^= 1  # in what pads it: no reader would notice
+    shard.write_bytes(data)
+    with pytest.raises(UserError, match="00001-00000.array_record: not the bytes"):
+        prepare.verify(out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--input", "gone*.parquet"), "matches no file"),
+        (("--input", "{folder}/a.txt"), "no reader is known for its name; give files that end in .parquet"),
+        (("--input", "{folder}/pages.parquet"), "set kind to 'obelics'"),
+        (("--input", "{folder}/torn.parquet"), "is not a readable parquet file"),
+        (("--input", "{folder}/a.parquet", "--filters", "min_side=3"), "there is no filter 'min_side'"),
+        (("--input", "{folder}/a.parquet", "--processes", "0"), "--processes is 0; it must be at least 1"),
+        (("--input", "{folder}/a.parquet", "--max_bad_fraction", "2"), "--max_bad_fraction is 2.0"),
+        ((), "give --kind and --input, or --verify"),
+        (("--verify",), "holds no manifest.json"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_written(tmp_path, monkeypatch, capsys, arguments, message):
+    (tmp_path / "a.txt").write_text("")
+    write(tmp_path / "a.parquet", [pair("x")])
+    write(tmp_path / "pages.parquet", [{"images": [None], "texts": ["words"]}], "obelics")
+    (tmp_path / "torn.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
+    given = [argument.format(folder=tmp_path) for argument in arguments]
+    monkeypatch.setattr(sys, "argv", command(*given, "--output", tmp_path / "out")[2:])
+    with pytest.raises(SystemExit) as ended:
+        prepare.main()
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_said_in_a_sentence_and_mended_by_the_same_command(tmp_path):
+    """A limit on the size of a file stands for a full disk: the write fails in the same place."""
+    path, out = write(tmp_path / "a.parquet", [pair("x", png(300, 300))] * 40), tmp_path / "out"
+    arguments = command("--input", path, "--output", out, "--processes", 1)
+    limited = ["bash", "-c", 'trap "" XFSZ; ulimit -f 1000; exec "$@"', "limited", *arguments]
+    stopped = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert stopped.returncode == 2
+    assert "a shard cannot be written (" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    subprocess.run(arguments, cwd=ROOT, capture_output=True, check=True)
+    assert json.loads((out / manifest.MANIFEST).read_bytes())["documents"] == 40
