@@ -81,7 +81,7 @@ def encode(document: Document, processor: Processor, shape: BatchShape) -> Candi
         return Rejected(name, error.reason, str(error))
     sizes = Sizes(len(encoded.tokens), tuple(rows * columns for rows, columns in encoded.grids))
     fault = misfit(sizes, shape)
-    if fault is None and not encoded.trained[1:].any():
+    if fault is None and not encoded.trained[1:-1].any():  # the first id is never a target, the last is </s>
         fault = "nothing-trained", "it has no text to learn from; drop the row"
     return Candidate(name, encoded, sizes) if fault is None else Rejected(name, *fault)
 

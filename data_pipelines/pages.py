@@ -6,6 +6,7 @@ then the texts, joined by blank lines, as in the authors' code; the loss is on a
 lines, a long line between words, and each piece has the images of the pages it touches.
 """
 
+import functools
 import re
 from typing import Any
 
@@ -31,7 +32,7 @@ def parts(row: dict[str, Any], image_root: str | None) -> tuple[Part, ...]:
     texts = _texts(row)
     written = "\n\n".join(text for text in texts if text)
     if not written.strip():
-        raise BadRow("null-text", "no page has text; drop the document")
+        raise BadRow("nothing-trained", "no page has text; drop the document")
     return (*(stored_image(image, image_root) for image in row["images"]), Text(written, trained=True))
 
 
@@ -53,16 +54,21 @@ def _texts(row: dict[str, Any]) -> list[str]:
     images, texts = row["images"] or (), row["texts"] or ()
     if not images or len(images) != len(texts):
         raise BadRow("lengths-differ", f"it has {len(images)} page images and {len(texts)} texts; give one for each")
-    if any(text is None for text in texts):
+    if None in texts:
         raise BadRow("null-text", "a page has no text; give an empty one or drop the page")
     return texts
 
 
-def _lines(row: dict[str, Any]) -> list[tuple[int, str]]:
-    """Returns (page, line) of every line with its line feed; a page without text is one empty line."""
-    return [
+def _lines(row: dict[str, Any]) -> tuple[tuple[int, str], ...]:
+    """Returns (page, line) of every line with its line feed; a page without text is one empty line; raises BadRow."""
+    return _cut_into_lines(tuple(_texts(row)))
+
+
+@functools.lru_cache(maxsize=16)  # the pieces of a document ask for its lines again and again
+def _cut_into_lines(texts: tuple[str, ...]) -> tuple[tuple[int, str], ...]:
+    return tuple(
         (page, piece)
-        for page, text in enumerate(_texts(row))
+        for page, text in enumerate(texts)
         for line in re.split(r"(?<=\n)", text)
         for piece in ([line] if len(line) <= 200 else _PIECES.findall(line))
-    ]
+    )
