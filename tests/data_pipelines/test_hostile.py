@@ -6,6 +6,7 @@ What is bad is counted by its reason with an example, what is good comes out to 
 import collections
 import dataclasses
 import functools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -18,14 +19,18 @@ import pytest
 from data_pipelines import manifest, records
 from data_pipelines.batches import Candidate, encode, encoded_size
 from data_pipelines.cache import Cache
+from data_pipelines.filters import Filters
 from data_pipelines.pipeline import Stage, batches
+from data_pipelines.preparation import Preparation
 from data_pipelines.sources import KINDS, DocumentSource, SourceConfig
 from data_pipelines.training_form import COLUMNS
+from data_pipelines.units import Recipe, prepare_unit
 from idefics_jax.batch import BatchShape
 from idefics_jax.documents import EndOfUtterance, Image
 from idefics_jax.errors import UserError
 from tests.data_pipelines import poison
 from tests.data_pipelines.pictures import png
+from tests.data_pipelines.tars import write_tar
 
 ROOT = Path(__file__).parents[2]
 SHAPE = BatchShape(rows=2, tokens=256, vision_rows=2, patches=128, images=8)
@@ -228,6 +233,89 @@ def test_what_is_bad_is_counted_and_what_is_good_is_unchanged(kind, published, c
         assert_no_control_token_is_forged(batch, good, processor)
 
 
+def prepared(kind: str, path: str, folder: Path, image_root: Path) -> dict:
+    """Prepares a file into a folder, in this process; returns the manifest."""
+    recipe = Recipe(
+        kind=kind, image_root=str(image_root), filters=Filters(), max_pixels=64_000_000, shard_mib=64, features={}
+    )
+    preparation = Preparation(recipe, (path,), folder)
+    with preparation.begun():
+        return preparation.finish([prepare_unit(unit) for unit in preparation.units], max_bad_fraction=0.99)
+
+
+def documents_in(packed: list) -> set[bytes]:
+    """Returns the ids of each document in some batches."""
+    found = set()
+    for batch in (step.arrays for step in packed):
+        for tokens, segments in zip(batch["tokens"], batch["segment_ids"], strict=True):
+            found |= {tokens[segments == segment].tobytes() for segment in range(1, segments.max() + 1)}
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_poisoned_corpus_is_prepared_and_trains_as_it_would_have(kind, config, processor, tmp_path):
+    (tmp_path / "images").mkdir()
+    rows, bad = corpus(kind, tmp_path / "images", published=True)
+    path = write_parquet(kind, rows, tmp_path)
+    told = prepared(kind, path, tmp_path / "shards", tmp_path / "images")
+    dropped = {reason: place(what["example"]) for reason, what in told["dropped"].items()}
+    assert dropped
+    assert all(reason in bad[example] for reason, example in dropped.items())
+    direct = SourceConfig("mine", kind, (path,), image_root=str(tmp_path / "images"))
+    shards = SourceConfig("mine", kind, (str(tmp_path / "shards"),))
+    expected = read_an_epoch(with_source(config, direct), processor, len(rows))
+    found = read_an_epoch(with_source(config, shards), processor, told["documents"])
+    assert documents_in(found) == documents_in(expected)
+    # What a header does not tell is found in training: damaged pixels, and a size that depends on the row.
+    left = {reason for reasons in bad.values() for reason in reasons} - set(found[-1].rejected)
+    assert left <= set(dropped)
+
+
+def test_a_poisoned_tar_is_prepared_and_trains(config, processor, tmp_path):
+    samples = {f"good{i}": (png(28 + i, 28), f"good {i}".encode()) for i in range(5)}
+    samples |= {"../../outside": (png(28, 28), b"words"), "/etc/outside": (png(28, 28), b"words")}
+    odd = {name: (data, b"words") for name, (data, reason) in poison.images().items() if reason is None}
+    samples |= {name.replace(".", ""): sample for name, sample in odd.items()}
+    bad = {name: (data, b"words") for name, (data, reason) in poison.images().items() if reason is not None}
+    bad |= {"not utf-8": (png(28, 28), poison.NOT_UTF8), "no text": (png(28, 28), b"")}
+    members = [
+        (f"{name}.{suffix}", content)
+        for name, sample in {**samples, **bad}.items()
+        for suffix, content in zip(("png", "txt"), sample, strict=True)
+    ]
+    told = prepared("pairs", write_tar(tmp_path / "a.tar", members), tmp_path / "shards", tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"a.tar", "shards"}
+    assert {what["example"].split(":")[1] for what in told["dropped"].values()} <= set(bad)
+    source = SourceConfig("mine", "pairs", (str(tmp_path / "shards"),))
+    packed = read_an_epoch(with_source(config, source), processor, told["documents"])
+    assert len({name for batch in packed for name in batch.documents}) == len(samples)
+
+
+def test_poisoned_json_lines_are_prepared_and_train(config, processor, tmp_path):
+    def line(answer: str) -> bytes:
+        turns = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": answer}]
+        return json.dumps({"messages": turns}).encode()
+
+    good = [*(f"good {i}" for i in range(5)), *(text for text, reason in poison.texts().values() if reason is None)]
+    bad = [
+        b"{",
+        b"[]",
+        b"null",
+        b'{"messages": [1]}',
+        b"[" * 10_000,
+        line("\ud800"),
+        poison.NOT_UTF8,
+        line("x" * 2**20),
+    ]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([*map(line, good), *bad]))
+    told = prepared("text", str(tmp_path / "a.jsonl"), tmp_path / "shards", tmp_path)
+    assert {"bad-json", "wrong-type", "not-utf8"} <= set(told["dropped"])
+    source = SourceConfig("mine", "text", (str(tmp_path / "shards"),))
+    packed = read_an_epoch(with_source(config, source), processor, told["documents"])
+    assert len({name for batch in packed for name in batch.documents}) == len(good)
+    assert set(packed[-1].rejected) == {"too-many-tokens"}
+
+
 def shown(packed: list) -> str:
     """Returns every document's name and the reasons, for two runs to be compared."""
     return repr([(batch.documents, batch.rejected, batch.examples) for batch in packed])
@@ -295,7 +383,8 @@ def test_pages_without_end_are_cut_or_refused(processor, tmp_path):
         assert all(isinstance(piece, Candidate) or piece.reason in ("nothing-trained",) for piece in pieces)
 
 
-def test_bombs_are_not_decoded_on_the_way(tmp_path):
+def test_bombs_are_not_decoded_on_the_way(processor, tmp_path):
+    processor.save(tmp_path / "processor")
     rows = [row_of("pairs", png(28, 28), "good", tmp_path, published=True)]
     write_parquet("pairs", rows, tmp_path)
     (tmp_path / "rows.parquet").rename(tmp_path / "good.parquet")
@@ -305,14 +394,12 @@ def test_bombs_are_not_decoded_on_the_way(tmp_path):
     script = f"""
 import resource, sys
 from pathlib import Path
-from data_pipelines import digits
 from data_pipelines.pipeline import DataConfig, Stage, batches
 from data_pipelines.sources import SourceConfig
 from idefics_jax.batch import BatchShape
 from idefics_jax.processor import Processor
 folder = Path({str(tmp_path)!r})
-digits.build(folder / "digits", seed=0, counts={{name: 2 for name in digits.COUNTS}})
-processor = Processor.load(folder / "digits" / "processor")
+processor = Processor.load(folder / "processor")
 def read(name, count):
     source = SourceConfig("mine", "pairs", (str(folder / name),))
     config = DataConfig(
