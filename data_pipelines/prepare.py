@@ -3,8 +3,9 @@
     python -m data_pipelines.prepare --kind obelics --input 'pages/*.parquet' --output shards --image_root downloads
     python -m data_pipelines.prepare --output shards --verify
 
-Inputs are parquet files, webdataset tars and JSON lines, as the kind is published (readers.py). Each input is a unit of
-work (units.py); processes of this machine do them, or the workers of Apache Beam, with the same bytes either way:
+Inputs are parquet files, webdataset tars, JSON lines and TFDS shards, as the kind is published (readers.py). Each input
+is a unit of work (units.py); processes of this machine do them, or the workers of Apache Beam, with the same bytes
+either way:
 
     python -m data_pipelines.prepare ... --runner DirectRunner [options of Beam, to the end of the line]
 
@@ -19,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipelines import filters, manifest, parquet, prepare_pool, readers
+from data_pipelines import filters, manifest, parquet, prepare_beam, prepare_pool, readers, tfds_source
 from data_pipelines.preparation import Preparation, check_bad_fraction
 from data_pipelines.progress import Progress
 from data_pipelines.sources import KINDS
@@ -37,7 +38,12 @@ def open_inputs(recipe: Recipe, patterns: Sequence[str], output: Path) -> Prepar
     """
     inputs = parquet.expand(patterns, where="--input")
     for path in inputs:
-        readers.reader_of(path)
+        readers.reader_of(path, recipe.features)
+    sets = [path for path in inputs if tfds_source.is_shard(path)]
+    if recipe.features and not sets:
+        raise UserError("--features are for TFDS sets, and --input names none; leave them out")
+    if sets:
+        tfds_source.TfdsRows(sets, recipe.kind, recipe.features)
     for footer in parquet.read_footers([path for path in inputs if path.endswith(".parquet")]):
         readers.parquet_columns(footer, recipe.kind)
     return Preparation(recipe, tuple(str(Path(path).absolute()) for path in inputs), output.absolute())
@@ -79,9 +85,10 @@ def verify(folder: Path) -> manifest.Manifest:
 def main() -> None:
     # What follows --runner, and the runner itself, is for Beam.
     asked, beam = sys.argv[1:], None
-    if RUNNER in asked:
-        place = asked.index(RUNNER)
-        asked, beam = asked[:place], asked[place:]
+    for place, argument in enumerate(asked):
+        if argument.partition("=")[0] == RUNNER:
+            asked, beam = asked[:place], asked[place:]
+            break
     parser = _parser()
     arguments = parser.parse_args(asked)
     if not arguments.verify and not (arguments.kind and arguments.input):
@@ -111,15 +118,23 @@ def _prepare(arguments: argparse.Namespace, beam: list[str] | None) -> dict[str,
         kind=arguments.kind,
         image_root=None if root is None else str(Path(root).absolute()),
         filters=thresholds,
+        features=_table(arguments.features),
         max_pixels=arguments.max_pixels,
         shard_mib=arguments.shard_mib,
     )
     preparation = open_inputs(recipe, arguments.input, arguments.output)
     if beam is not None:
-        from data_pipelines import prepare_beam  # an environment of its own: requirements-beam.txt
-
         return prepare_beam.prepare(preparation, beam, max_bad_fraction=arguments.max_bad_fraction)
     return prepare(preparation, processes=arguments.processes, max_bad_fraction=arguments.max_bad_fraction)
+
+
+def _table(text: str) -> dict[str, str]:
+    """Reads "field=feature,field=feature"."""
+    pairs = [item.partition("=") for item in filter(None, text.split(","))]
+    for field, equals, feature in pairs:
+        if not (field and equals and feature):
+            raise UserError(f"--features has {field + equals + feature!r}; write FIELD=FEATURE,FIELD=FEATURE")
+    return {field: feature for field, _, feature in pairs}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -134,6 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--input", nargs="+", help="files, as paths or globs")
     parser.add_argument("--image_root", help="folder or index (image_store.py) of images that rows name")
     parser.add_argument("--filters", default="", help="name=threshold,name=threshold (filters.py)")
+    parser.add_argument("--features", default="", help="field=feature,... of TFDS sets (tfds_source.py)")
     parser.add_argument("--max_pixels", type=int, default=64_000_000, help="drop documents with larger images")
     parser.add_argument("--max_bad_fraction", type=float, default=0.01, help="share of bad rows that stops the run")
     parser.add_argument("--shard_mib", type=int, default=256, help="size of a shard, in MiB")

@@ -1,16 +1,18 @@
 """Readers: files in a published form as a stream of rows, for preparation (prepare.py).
 
 A reader is `read(path, kind)`, which yields (id, row) in the file's order; a row that cannot be read is a Rejected in
-its place. The file's name chooses it. Training needs random access, and so reads parquet and prepared shards alone.
+its place. The file's name chooses it. Training needs random access, and so reads parquet, prepared shards and TFDS sets
+alone.
 """
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from data_pipelines import jsonl, parquet, sources, tar
+from data_pipelines import jsonl, parquet, sources, tar, tfds_source
 from data_pipelines.filters import PERPLEXITY
 from data_pipelines.rejection import Rejected
 from idefics_jax.errors import UserError
@@ -76,9 +78,17 @@ READERS: dict[str, Reader] = {
 }
 
 
-def reader_of(path: str) -> Reader:
-    """Returns the reader of a file; raises UserError if there is none for its name."""
+def reader_of(path: str, features: Mapping[str, str]) -> Reader:
+    """Returns the reader of a file; raises UserError if there is none for its name.
+
+    Args:
+      path: of the file.
+      features: field of a row -> feature, for a shard of a TFDS set (tfds_source.FIELDS).
+    """
+    if tfds_source.is_shard(path):
+        return functools.partial(tfds_source.read, features=features)
     for suffix, reader in READERS.items():
         if path.endswith(suffix):
             return reader
-    raise UserError(f"{path}: no reader is known for its name; give files that end in {', '.join(READERS)}")
+    known = f"{', '.join(READERS)}, or TFDS shards"
+    raise UserError(f"{path}: no reader is known for its name; give files that end in {known}")

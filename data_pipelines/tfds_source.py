@@ -91,13 +91,9 @@ class TfdsRows:
         return split.row(start + row)
 
 
-def read(path: str, kind: str) -> Iterator[tuple[str, dict[str, Any] | Rejected]]:
-    """Yields (id, row) of a shard whose features are called as in FIELDS, in order; the id is "shard:record".
-
-    Raises:
-      UserError: as TfdsRows.
-    """
-    rows = TfdsRows([path], kind, {})
+def read(path: str, kind: str, features: Mapping[str, str]) -> Iterator[tuple[str, dict[str, Any] | Rejected]]:
+    """Yields (id, row) of a shard in order, for preparation; the id is "shard:record". Otherwise as TfdsRows."""
+    rows = TfdsRows([path], kind, features)
     for group, count in enumerate(rows.group_rows):
         for row in range(count):
             name = rows.name(group, row)

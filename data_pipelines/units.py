@@ -37,6 +37,7 @@ class Recipe:
       kind: of the rows, a name in sources.KINDS.
       image_root: where images that the rows only name are found (image_files.py); None if they hold them.
       filters: what to leave out.
+      features: field of a row -> feature of a TFDS set, where that is not as in tfds_source.FIELDS.
       max_pixels: most pixels of an image; a document with a larger one is dropped.
       shard_mib: size at which another shard begins, in MiB.
     """
@@ -44,6 +45,7 @@ class Recipe:
     kind: str
     image_root: str | None
     filters: Filters
+    features: dict[str, str]
     max_pixels: int
     shard_mib: int
 
@@ -159,7 +161,7 @@ def stamp_of(path: str) -> list[int]:
 def _records(unit: Unit, report: Report, watch: Callable[[Unit, Report], None]) -> Iterator[bytes]:
     """Yields the records of the rows that are kept, and counts all."""
     kind = unit.recipe.kind
-    for name, row in readers.reader_of(unit.input)(unit.input, kind):
+    for name, row in readers.reader_of(unit.input, unit.recipe.features)(unit.input, kind):
         report.seen += 1
         try:
             stored = None if isinstance(row, Rejected) else _stored(unit, row, report)

@@ -21,7 +21,7 @@ from idefics_jax.errors import UserError
 from tests.data_pipelines.pictures import png
 
 ROOT = Path(__file__).parents[2]
-RECIPE = Recipe(kind="pairs", image_root=None, filters=Filters(), max_pixels=1_000_000, shard_mib=1)
+RECIPE = Recipe(kind="pairs", image_root=None, filters=Filters(), features={}, max_pixels=1_000_000, shard_mib=1)
 SCHEMAS = {"pairs": pairs.SCHEMA, "obelics": obelics.SCHEMA, "cauldron": cauldron.SCHEMA}
 
 
@@ -309,6 +309,7 @@ def test_verify_names_the_shards_whose_bytes_changed(tmp_path, capsys):
         (("--input", "{folder}/a.parquet", "--filters", "min_side=3"), "there is no filter 'min_side'"),
         (("--input", "{folder}/a.parquet", "--processes", "0"), "--processes is 0; it must be at least 1"),
         (("--input", "{folder}/a.parquet", "--max_bad_fraction", "2"), "--max_bad_fraction is 2.0"),
+        (("--input", "{folder}/a.parquet", "--runner=DirectRunner"), "--runner needs Apache Beam"),
         ((), "give --kind and --input, or --verify"),
         (("--verify",), "holds no manifest.json"),
     ],

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tensorflow_datasets as tfds
 
-from data_pipelines import tfds_source
+from data_pipelines import prepare, tfds_source
 from data_pipelines.pipeline import Stage, batches
 from data_pipelines.rejection import BadRow, Rejected
 from data_pipelines.sources import SourceConfig, read_documents
@@ -151,9 +151,20 @@ def test_a_damaged_record_is_counted_and_the_others_stay(zoo, tmp_path):
     assert found.row(0, 2)["caption"] == "cat"
 
 
-def test_preparation_reads_a_shard_whose_features_are_called_as_the_fields(zoo, monkeypatch):
-    monkeypatch.setitem(tfds_source.FIELDS, "pdf", {"images": "views", "texts": "raw"})
-    found = list(tfds_source.read(str(zoo / TEST), "pdf"))
+def test_preparation_makes_the_same_documents_of_a_set_as_training(zoo, tmp_path, monkeypatch, capsys):
+    shards, table = str(tmp_path / "shards"), {"image": "photo", "caption": "animal"}
+    command = ["prepare", "--kind", "pairs", "--input", f"{zoo}/*-test.array_record-*", "--output", shards]
+    monkeypatch.setattr(sys, "argv", [*command, "--processes", "1", "--features", "image=photo,caption=animal"])
+    prepare.main()
+    assert "3 documents with 3 images" in capsys.readouterr().out
+    prepared = read_documents(SourceConfig("zoo", "pairs", (shards,)))
+    assert [document.parts for document in prepared] == [
+        document.parts for document in read_documents(source(zoo, "pairs", **table))
+    ]
+
+
+def test_preparation_counts_bad_examples(zoo):
+    found = list(tfds_source.read(str(zoo / TEST), "pdf", {"images": "views", "texts": "raw"}))
     assert [(name, row.name, row.reason) for name, row in found if isinstance(row, Rejected)] == [
         (f"{TEST}:{i}", f"{TEST}:{i}", "not-utf8") for i in range(3)
     ]
