@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 WORKDIR ?= work/digits
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test lint bench
+.PHONY: demo test lint beam bench
 
 .venv/runtime: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -26,6 +26,15 @@ test: .venv/test
 lint: .venv/test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+
+# Apache Beam needs older protobuf, pyarrow and pillow than training.
+.venv-beam/ready: requirements-beam.txt
+	$(PYTHON) -m venv .venv-beam
+	.venv-beam/bin/pip install --quiet -r requirements-beam.txt
+	touch $@
+
+beam: .venv-beam/ready
+	.venv-beam/bin/python -m pytest tests/beam
 
 bench: .venv/test
 	.venv/bin/python -m benchmarks.vs_transformers
