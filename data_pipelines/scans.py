@@ -9,8 +9,9 @@ reads them). The json of a document holds one entry a page, lines in reading ord
 The pdf is taken where both are there, as chug does. Boxes and words are left alone.
 
 Pages are rendered in preparation, never in training: at 150 dots per inch, and at most 1,960 pixels on the longest
-side, which is all that four quarters of 980 can show. Grey pages become PNG, which keeps letters sharp and is smaller
-than JPEG there; pages with colour become JPEG of quality 90. PDF needs pypdfium2 (requirements-prepare.txt).
+side, which is all that four quarters of 980 can show. A grey page on an even ground becomes PNG, which is smaller there
+than JPEG and keeps letters sharp; one with colour, or with a scanner's noise, becomes JPEG of quality 90. PDF needs
+pypdfium2 (requirements-prepare.txt).
 """
 
 import io
@@ -35,6 +36,11 @@ _POINTS_PER_INCH = 72
 # A page of A3 at 600 dots per inch.
 _MOST_PIXELS = 70_000_000
 _JPEG_QUALITY = 90
+# A page of letters: 287 KiB in 32 ms, where JPEG takes 514 in 5; level 6 takes 284 in 46. With noise of 4 levels: 1,346
+# KiB in 141 ms, where JPEG takes 739 in 7.
+_PNG_LEVEL = 4
+# Share of the pixels that have one level if the ground is even.
+_EVEN = 0.5
 # PDFium may be called from one thread at a time.
 _pdfium = threading.Lock()
 
@@ -129,13 +135,13 @@ def _tiff_pages(data: bytes, count: int) -> Iterator[bytes]:
 
 
 def _encoded(image: PIL.Image.Image) -> bytes:
-    """Returns a page as a file: PNG if it is grey, else JPEG."""
+    """Returns a page as a file: PNG if it is grey on an even ground, else JPEG."""
     if image.mode == "RGB":
         red, green, blue = (channel.tobytes() for channel in image.split())
         image = image.getchannel("R") if red == green == blue else image
     file = io.BytesIO()
-    if image.mode == "L":
-        image.save(file, "PNG")
+    if image.mode == "L" and max(image.histogram()) > _EVEN * image.width * image.height:
+        image.save(file, "PNG", compress_level=_PNG_LEVEL)
     else:
         image.save(file, "JPEG", quality=_JPEG_QUALITY)
     return file.getvalue()

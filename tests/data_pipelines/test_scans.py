@@ -72,12 +72,17 @@ def test_the_pdf_is_taken_where_there_is_a_tif_too(tmp_path):
     assert opened(row)[0].size == (300, 450)
 
 
-def test_grey_pages_are_png_and_coloured_ones_jpeg():
+def test_grey_pages_are_png_and_coloured_or_noisy_ones_jpeg():
     grey, coloured = (
         dict(scans.rows("pdf", pdf([(2, 3)], colour), {"pages": [{"text": ["a"]}]}))[""] for colour in ("0.3", "red")
     )
     assert [image.format for image in (*opened(grey), *opened(coloured))] == ["PNG", "JPEG"]
     assert opened(grey)[0].mode == "L"
+    noise = np.random.default_rng(0).integers(200, 256, (50, 40), np.uint8)
+    file = io.BytesIO()
+    PIL.Image.fromarray(noise).save(file, "TIFF")
+    noisy = dict(scans.rows("tif", file.getvalue(), {"pages": [{"text": ["a"]}]}))[""]
+    assert (opened(noisy)[0].format, opened(noisy)[0].mode) == ("JPEG", "L")
     assert opened(coloured)[0].getpixel((150, 375)) == pytest.approx((254, 0, 0), abs=3)
 
 
