@@ -185,7 +185,9 @@ def _stored(unit: Unit, row: dict[str, Any], report: Report) -> dict[str, Any]:
     stored = training_form.training_row(
         recipe.kind, row, recipe.image_root, max_missing=recipe.filters.document_max_missing_images
     )
+    missing = len(row["images"]) - len(stored["images"]) if recipe.kind == "obelics" else 0
     stored, taken = filters.apply(recipe.filters, stored, recipe.kind)
+    taken[filters.MISSING] += missing
     _check_images(KINDS[recipe.kind].parts(stored, None), recipe.max_pixels)
     report.filtered_images = dict(sorted((collections.Counter(report.filtered_images) + taken).items()))
     return stored

@@ -11,8 +11,10 @@ from data_pipelines import image_store, obelics, pairs
 from data_pipelines.cache import Cache
 from data_pipelines.filters import Filters
 from data_pipelines.pipeline import Stage, batches
+from data_pipelines.prepare import open_inputs
 from data_pipelines.rejection import Rejected
 from data_pipelines.sources import DocumentSource, SourceConfig, read_documents
+from data_pipelines.units import Recipe, prepare_unit
 from idefics_jax.documents import Image, Text
 from idefics_jax.errors import UserError
 from tests.data_pipelines.pictures import png
@@ -165,3 +167,21 @@ def test_a_resumed_run_repeats_captions_and_what_filters_took(one_source, proces
         assert resumed.rejected == batch.rejected
         assert (resumed.arrays["tokens"] == batch.arrays["tokens"]).all()
     assert set(expected[-1].rejected) == {"filter:image_max_side"}
+
+
+def test_pages_prepared_with_their_images_are_the_pages_read_with_them(pages, tmp_path):
+    chosen = Filters(image_min_side=37, document_max_missing_images=0.5, document_min_images=1)
+    recipe = Recipe("obelics", pages.image_root, chosen, features={}, max_pixels=10**6, shard_mib=1)
+    preparation = open_inputs(recipe, list(pages.paths), tmp_path / "shards")
+    with preparation.begun():
+        told = preparation.finish([prepare_unit(unit) for unit in preparation.units], 0.0)
+    prepared = dataclasses.replace(pages, paths=(str(tmp_path / "shards"),), image_root=None)
+    read = elements(dataclasses.replace(pages, filters=chosen), 10)
+    expected = {element[0].id: element[0].parts for element in read if not isinstance(element[0], Rejected)}
+    assert len(expected) == 7
+    assert [one.parts for one in read_documents(prepared)] == [expected[name] for name in sorted(expected)]
+    assert told["dropped"] == {}
+    assert {reason: one["documents"] for reason, one in told["filtered"].items()} == {"filter:document_min_images": 3}
+    assert told["filtered_images"] == {"filter:image_min_side": 1, "filter:image_missing": 3}
+    scored = dataclasses.replace(prepared, filters=Filters(document_max_perplexity=35.0))
+    assert by_reason(elements(scored, 7)) == {"filter:document_max_perplexity": 6}
