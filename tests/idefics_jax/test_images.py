@@ -1,5 +1,6 @@
 """Geometry and pixels against transformers' PIL image processor, and the cases it leaves open."""
 
+import dataclasses
 import io
 import struct
 import zlib
@@ -91,6 +92,31 @@ def test_pixels_equal_the_reference(size, split):
         expected = cut((theirs / 2 + 0.5) * 255, 14)
         assert expected.shape[:2] == grid
         np.testing.assert_allclose(patches.reshape(expected.shape), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_the_simd_resizer_is_two_levels_beside_the_other_at_most(size, kind):
+    data = encoded(photo(*size), kind)
+    for rules in (WHOLE, SPLIT):
+        quick = dataclasses.replace(rules, resizer="simd")
+        for near, exact in zip(image_patches(data, quick), image_patches(data, rules), strict=True):
+            off = np.abs(near.astype(int) - exact)
+            assert off.mean() < 0.03
+            assert off.max() <= 2
+
+
+@pytest.mark.parametrize("resizer", ["pillow", "simd"])
+@pytest.mark.parametrize("size", [(640, 480), (1100, 825)], ids=str)
+def test_patches_are_written_where_they_are_wanted(size, resizer):
+    rules, data = dataclasses.replace(SPLIT, resizer=resizer), encoded(photo(*size), "JPEG")
+    counts = [rows * columns for rows, columns in patch_grids(data, rules)]
+    room = np.full((sum(counts) + 2, 588), 7, np.uint8)
+    places = np.split(room[1:-1], np.cumsum(counts)[:-1])
+    written = image_patches(data, rules, out=places)
+    assert all(np.shares_memory(patches, room) for patches in written)
+    np.testing.assert_array_equal(room[1:-1], np.concatenate(image_patches(data, rules)))
+    assert (room[[0, -1]] == 7).all()
 
 
 @given(st.integers(1, 8_000), st.integers(1, 8_000))
@@ -261,6 +287,7 @@ def test_a_jpeg_of_several_pictures_is_its_first():
         ({"max_pixels": True}, "max_pixels is True"),
         ({"max_pixels": 10**9}, "max_pixels is 1000000000"),
         ({"split": 1}, "split is 1"),
+        ({"resizer": "fast"}, "resizer is 'fast'; it must be one of pillow, simd"),
         ({"shortest_edge": 13}, "shortest_edge is 13"),
         ({"shortest_edge": 981}, "shortest_edge is 981"),
         ({"positions_per_side": 69}, "longest_edge is 980"),

@@ -1,0 +1,92 @@
+"""From an image that passed the gate to upright pixels.
+
+Pillow decodes as the reference does: transparency is laid on white, 16-bit grey keeps its high byte as 16-bit colour
+does, an animation is its first frame. Colour JPEG that stands upright, most of what there is, takes a shorter way to
+the same pixels, bit for bit: libjpeg-turbo, which Pillow uses too, straight into an array. Whatever it frowns at is
+left to Pillow, so what is refused, and why, does not depend on the way.
+"""
+
+import numpy as np
+import PIL.Image
+import simplejpeg
+
+from idefics_jax import image_gate
+from idefics_jax.image_gate import RejectedImage
+
+
+def upright_size(image: PIL.Image.Image) -> tuple[int, int]:
+    """Returns (width, height) of an image as the gate opens it, once it is turned upright."""
+    width, height = image.size
+    return (height, width) if image_gate.swaps_sides(image_gate.transpose_of(image)) else (width, height)
+
+
+def rgb_image(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Decodes an image as the gate opens it, to upright RGB of `upright_size`.
+
+    Raises:
+      RejectedImage: the pixels are damaged, or of another size than the header says.
+    """
+    turn, (width, height) = image_gate.transpose_of(image), upright_size(image)
+    rgb = image_gate.parse(image.format, lambda: _to_rgb(image))
+    rgb = rgb if turn is None else rgb.transpose(turn)
+    if rgb.size != (width, height):
+        raise RejectedImage(
+            "corrupt",
+            f"the {image.format} image is {rgb.width} x {rgb.height} and its header says {width} x {height}; "
+            "store it again from its source",
+        )
+    return rgb
+
+
+def rgb_array(data: bytes, image: PIL.Image.Image, *, channels: int) -> np.ndarray:
+    """As `rgb_image`, to an array.
+
+    Args:
+      data: the image's bytes.
+      image: as the gate opened them.
+      channels: 3, or 4 for a fourth byte that says nothing.
+
+    Returns:
+      uint8 [height, width, channels], contiguous.
+    """
+    layout, (width, height) = ("RGBX" if channels == 4 else "RGB"), upright_size(image)
+    pixels = _jpeg_array(data, image, layout)
+    if pixels is None:
+        pixels = np.frombuffer(rgb_image(image).tobytes("raw", layout), np.uint8)
+    return pixels.reshape(height, width, channels)
+
+
+def _jpeg_array(data: bytes, image: PIL.Image.Image, layout: str) -> np.ndarray | None:
+    """Decodes plain JPEG; returns None for all other images, and for damaged ones."""
+    plain = image.format == image_gate.JPEG and image.mode == "RGB" and image_gate.transpose_of(image) is None
+    if not plain:
+        return None
+    pixels = np.empty(image.width * image.height * len(layout), np.uint8)
+    try:
+        # Strict: what Pillow would only warn of raises.
+        decoded = simplejpeg.decode_jpeg(data, layout, buffer=pixels, strict=True)
+    except ValueError:
+        return None
+    return pixels if decoded.shape[:2] == (image.height, image.width) else None
+
+
+def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Decodes to RGB with transparency laid on white, as the reference does."""
+    image.load()
+    if image.mode.startswith("I"):
+        image = _high_byte(image)
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        white = PIL.Image.new("RGBA", image.size, "white")
+        image = PIL.Image.alpha_composite(white, image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _high_byte(image: PIL.Image.Image) -> PIL.Image.Image:
+    """16-bit grey to 8-bit grey; Pillow's own conversion clips everything above 255 to white."""
+    grey = np.asarray(image)
+    shown = PIL.Image.fromarray((grey >> 8).astype(np.uint8))
+    transparent = image.info.get("transparency")
+    if transparent is not None:
+        shown.putalpha(PIL.Image.fromarray(np.where(grey == transparent, 0, 255).astype(np.uint8)))
+    return shown
