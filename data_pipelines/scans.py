@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import PIL.Image
+import PIL.ImageChops
 
 from data_pipelines.rejection import BadRow
 from idefics_jax.errors import UserError
@@ -137,8 +138,9 @@ def _tiff_pages(data: bytes, count: int) -> Iterator[bytes]:
 def _encoded(image: PIL.Image.Image) -> bytes:
     """Returns a page as a file: PNG if it is grey on an even ground, else JPEG."""
     if image.mode == "RGB":
-        red, green, blue = (channel.tobytes() for channel in image.split())
-        image = image.getchannel("R") if red == green == blue else image
+        red, green, blue = image.split()
+        if not any(PIL.ImageChops.difference(red, channel).getbbox() for channel in (green, blue)):
+            image = red
     file = io.BytesIO()
     if image.mode == "L" and max(image.histogram()) > _EVEN * image.width * image.height:
         image.save(file, "PNG", compress_level=_PNG_LEVEL)
