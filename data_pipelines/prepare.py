@@ -67,11 +67,10 @@ def prepare(preparation: Preparation, *, processes: int, max_bad_fraction: float
             progress.show(begun, done)
             check_bad_fraction([*reports.values(), *begun.values()], max_bad_fraction)
 
-        try:
-            made = prepare_pool.run(rest, processes, watch) if rest else []
-        finally:
-            progress.end()
-        reports |= {unit.number: report for unit, report in zip(rest, made, strict=True)}
+        if rest:
+            made = prepare_pool.run(rest, processes, watch)
+            progress.end(made, list(made))
+            reports |= made
         return preparation.finish([reports[number] for number in sorted(reports)], max_bad_fraction)
 
 
@@ -103,6 +102,8 @@ def main() -> None:
         parser.error(" ".join(str(error).split()))
     except OSError as error:
         parser.error(f"{error.filename}: {error.strerror}")
+    except KeyboardInterrupt:
+        parser.exit(130, "interrupted; give the same command again to go on\n")
 
 
 def _prepare(arguments: argparse.Namespace, beam: list[str] | None) -> dict[str, Any]:

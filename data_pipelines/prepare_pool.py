@@ -45,7 +45,7 @@ def run(
     context = multiprocessing.get_context("spawn")
     queue, stop = context.SimpleQueue(), context.Event()
     reports: dict[int, Report] = {}
-    pool = concurrent.futures.ProcessPoolExecutor(processes, context, _begin, (queue, stop))
+    pool = concurrent.futures.ProcessPoolExecutor(min(processes, len(units)), context, _begin, (queue, stop))
     try:
         waiting = {pool.submit(_work, unit): unit.number for unit in units}
         while waiting:
@@ -64,7 +64,7 @@ def run(
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
-    return [reports[unit.number] for unit in units]
+    return reports
 
 
 def _begin(queue: Any, stop: Any) -> None:

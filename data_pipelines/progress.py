@@ -8,7 +8,7 @@ from data_pipelines.rejection import FILTERED
 from data_pipelines.units import Report
 
 # Seconds between lines: on a terminal the line is written over, in a log it is a new one.
-_TERMINAL_SECONDS, _LOG_SECONDS = 0.5, 30.0
+_TERMINAL_SECONDS, _LOG_SECONDS = 0.5, 10.0
 
 
 class Progress:
@@ -23,28 +23,31 @@ class Progress:
 
     def show(self, reports: Mapping[int, Report], done: Sequence[int]) -> None:
         """Writes the line if it is time for one; `done` are the numbers of the units that have ended."""
-        now = time.monotonic()
-        if now - self._written < self._every:
-            return
-        self._written = now
-        line = describe(list(reports.values()), now - self._began)
-        ended = sum(self._sizes[number] for number in done)
-        if ended:
-            left = (now - self._began) * (sum(self._sizes.values()) / ended - 1)
-            line += f", {int(left) // 3600}:{int(left) // 60 % 60:02}:{int(left) % 60:02} left"
-        line = f"{len(done)} of {len(self._sizes)} inputs: {line}"
+        if time.monotonic() - self._written >= self._every:
+            self._write(reports, done)
+
+    def end(self, reports: Mapping[int, Report], done: Sequence[int]) -> None:
+        """Writes the last line."""
+        self._write(reports, done)
+        if self._stream.isatty():
+            self._stream.write("\n")
+
+    def _write(self, reports: Mapping[int, Report], done: Sequence[int]) -> None:
+        self._written = time.monotonic()
+        seconds = self._written - self._began
+        line = f"{len(done)} of {len(self._sizes)} inputs: {describe(list(reports.values()), seconds)}"
+        ended, whole = sum(self._sizes[number] for number in done), sum(self._sizes.values())
+        if 0 < ended < whole:
+            left = int(seconds * (whole / ended - 1))
+            line += f", {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
         self._stream.write(f"\r{line:<110}" if self._stream.isatty() else f"{line}\n")
         self._stream.flush()
-
-    def end(self) -> None:
-        """Ends the line."""
-        if self._stream.isatty() and self._written > self._began:
-            self._stream.write("\n")
 
 
 def describe(reports: Sequence[Report], seconds: float) -> str:
     """Returns the rates of what was done, and the counts of what was dropped, in words."""
-    documents, images, size = (sum(getattr(report, name) for report in reports) for name in _RATES)
+    documents, images = sum(report.documents for report in reports), sum(report.images for report in reports)
+    size = sum(report.bytes for report in reports)
     counts = [(reason, told["documents"]) for report in reports for reason, told in report.dropped.items()]
     filtered = sum(count for reason, count in counts if reason.startswith(FILTERED))
     dropped = sum(count for _, count in counts) - filtered
@@ -52,6 +55,3 @@ def describe(reports: Sequence[Report], seconds: float) -> str:
         f"{documents / seconds:.0f} documents/s, {images / seconds:.0f} images/s, {size / 2**20 / seconds:.1f} MiB/s, "
         f"{dropped} dropped, {filtered} filtered"
     )
-
-
-_RATES = ("documents", "images", "bytes")

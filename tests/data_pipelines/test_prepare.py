@@ -1,5 +1,6 @@
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import subprocess
@@ -12,11 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipelines import cauldron, filters, manifest, obelics, pairs, prepare
+from data_pipelines import cauldron, chat_layouts, filters, manifest, obelics, pages, pairs, prepare
 from data_pipelines.filters import Filters
 from data_pipelines.preparation import Preparation
+from data_pipelines.progress import Progress
 from data_pipelines.sources import SourceConfig, read_documents
-from data_pipelines.units import Recipe, prepare_unit
+from data_pipelines.units import Recipe, Report, prepare_unit
 from idefics_jax.errors import UserError
 from tests.data_pipelines.pictures import png
 
@@ -75,6 +77,22 @@ def test_training_reads_the_same_documents_from_shards_as_from_parquet(tmp_path,
     assert [document.parts for document in prepared] == [document.parts for document in published]
     assert told["documents"] == told["seen"] == len(published) > 0
     assert told["dropped"] == {}
+
+
+@pytest.mark.parametrize(
+    ("kind", "schema", "row"),
+    [
+        ("pdf", pages.SCHEMA, {"images": [{"bytes": png(30, 40), "path": None}], "texts": ["a page\nof lines"]}),
+        ("text", chat_layouts.NEEDED[-3], {"question": "2 + 2?", "answer": "4"}),
+    ],
+)
+def test_pages_and_conversations_come_back_from_shards_too(tmp_path, kind, schema, row):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist([row] * 3, schema=schema), path)
+    here(opened([str(path)], tmp_path / "out", kind=kind))
+    published = list(read_documents(SourceConfig("mine", kind, (str(path),))))
+    prepared = list(read_documents(SourceConfig("mine", kind, (str(tmp_path / "out"),))))
+    assert [document.parts for document in prepared] == [document.parts for document in published]
 
 
 def test_any_number_of_processes_makes_the_same_bytes(tmp_path):
@@ -299,6 +317,20 @@ def test_verify_names_the_shards_whose_bytes_changed(tmp_path, capsys):
         prepare.verify(out)
 
 
+def test_progress_tells_rates_what_was_dropped_and_the_time_left():
+    stream = io.StringIO()
+    progress = Progress({3: 100, 4: 300}, stream)
+    counted = {"null-text": {"documents": 2}, "filter:image_min_side": {"documents": 5}}
+    reports = {3: Report(seen=9, documents=2, dropped=counted), 4: Report(seen=1, documents=1)}
+    progress.show(reports, [3])  # too early for a line
+    assert stream.getvalue() == ""
+    progress.end(reports, [3])
+    line = stream.getvalue()
+    assert line.startswith("1 of 2 inputs: ")
+    for part in (" documents/s, ", " images/s, ", " MiB/s, 2 dropped, 5 filtered, 0:00:00 left"):
+        assert part in line
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -320,7 +352,7 @@ def test_what_is_wrong_is_said_before_anything_is_written(tmp_path, monkeypatch,
     write(tmp_path / "pages.parquet", [{"images": [None], "texts": ["words"]}], "obelics")
     (tmp_path / "torn.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
     given = [argument.format(folder=tmp_path) for argument in arguments]
-    monkeypatch.setattr(sys, "argv", command(*given, "--output", tmp_path / "out")[2:])
+    monkeypatch.setattr(sys, "argv", command("--output", tmp_path / "out", *given)[2:])
     with pytest.raises(SystemExit) as ended:
         prepare.main()
     assert ended.value.code == 2
