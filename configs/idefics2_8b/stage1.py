@@ -179,7 +179,8 @@ def data() -> ConfigDict:
 def sources(shares: dict[str, float], *, augmentation: dict) -> dict[str, dict]:
     """Sources of pretraining, with the weights that give them their shares of the packed sequences."""
     # How PMD and LAION-COCO (its synthetic captions), and the three sets of scanned text, shared their kinds is not
-    # told: here by their sizes.
+    # told: here by their sizes. The caption is the column of that name: for LAION-COCO the synthetic one (paper), which
+    # is what to give img2dataset as its caption_col; PMD has its own.
     files = {
         "obelics": ("obelics/*.parquet",),
         "pairs": ("laion_coco/*.parquet", "pmd/*.parquet"),
@@ -192,6 +193,25 @@ def sources(shares: dict[str, float], *, augmentation: dict) -> dict[str, dict]:
             "weight": share * DOCUMENTS_A_SEQUENCE[name],
             "image_root": f"{DATA}/obelics_images" if name == "obelics" else None,
             "augmentation": augmentation,
+            "filters": filters(name),
         }
         for name, share in shares.items()
+    }
+
+
+def filters(kind: str) -> dict[str, float]:
+    """What is left out of a kind of documents, beyond what OBELICS' own filters took before it was published."""
+    if kind == "pairs":
+        return {"image_min_side": 150}  # code
+    if kind != "obelics":
+        return {}
+    return {
+        "document_max_missing_images": 1.0,  # OBELICS' code: images that could not be fetched leave their page
+        "document_min_images": 1,  # code
+        "document_max_consecutive_images": 2,  # code
+        "document_max_trailing_images": 1,  # code
+        "document_min_images_before_text": 1,  # code: a page whose only image comes last is skipped
+        # Paper: the 5 % of pages with the highest perplexity by Falcon-1B go. The published pages have no column
+        # `perplexity`: add it, and give here what data_pipelines.quantile prints. Without it nothing is dropped.
+        "document_max_perplexity": placeholder(float),
     }

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from configs.idefics2_8b import chat, instruct, stage1, stage2
+from data_pipelines.filters import Filters
 from idefics_jax import sharding
 from idefics_jax.batch import batch_spec
 from idefics_jax.config import Idefics2Config
@@ -183,6 +184,19 @@ def test_pretraining_mixes_the_paper_s_shares_of_sequences(name, shares):
         for source in sources(built(name)).values()
     }
     assert {kind: share / sum(sequences.values()) for kind, share in sequences.items()} == pytest.approx(shares)
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage2"])
+def test_pretraining_leaves_out_what_the_authors_code_does(name):
+    mixture = sources(built(name))
+    assert mixture["pairs"].filters == Filters(image_min_side=150)
+    assert mixture["obelics"].filters == Filters(
+        document_max_missing_images=1.0,
+        document_min_images=1,
+        document_max_consecutive_images=2,
+        document_max_trailing_images=1,
+        document_min_images_before_text=1,
+    )
 
 
 def test_instruction_tuning_mixes_the_paper_s_shares_of_answer_tokens():

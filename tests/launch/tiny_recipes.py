@@ -22,6 +22,8 @@ def shrink(config: ConfigDict, folder: str) -> ConfigDict:
         for source in stage.sources.values():
             source.paths = (f"{folder}/data/{source.kind}.parquet",)
             source.image_root = f"{folder}/data" if source.image_root else None
+            if "image_min_side" in source.get("filters", {}):
+                source.filters.image_min_side = 14  # the embedded images are small
     config.steps, config.optimizer.warmup_steps, config.log_every = STEPS, 1, 1
     config.data.shape.update({"rows": config.accumulation, "tokens": 256, "patches": side**2 * 4, "vision_rows": 2})
     config.mesh.fsdp = 1
