@@ -76,7 +76,7 @@ class Augmentation:
 
     def _of_turn(self, turn: dict[str, Any] | None, rng: np.random.Generator) -> dict[str, Any] | None:
         breaks, drawn = rng.random() < self.line_break, int(rng.integers(max(1, len(self.suffixes))))
-        if turn is None or turn["user"] is None or turn["assistant"] is None:
+        if turn is None or turn.get("user") is None or turn.get("assistant") is None:
             return turn
         written = forms.written_out(turn)
         user, answer = written["user"], written["assistant"]

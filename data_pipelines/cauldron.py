@@ -48,7 +48,7 @@ def parts(row: dict[str, Any], image_root: str | None) -> tuple[Part, ...]:
     images = tuple(stored_image(image, image_root) for image in row["images"] or ())
     document: list[Part] = [Text("User:" if images else "User: ", trained=False), *images]
     for i, turn in enumerate(row["texts"]):
-        if turn is None or turn["user"] is None or not turn["assistant"]:
+        if turn is None or turn.get("user") is None or not turn.get("assistant"):
             raise BadRow("null-text", f"turn {i} lacks its question or its answer; fill it in or drop the turn")
         written = forms.written_out(turn)
         document += [
@@ -83,8 +83,8 @@ def piece(row: dict[str, Any], first: int, end: int) -> dict[str, Any]:
 
 def stored_image(image: dict[str, Any] | None, image_root: str | None) -> Image:
     """Returns an image that a row holds as bytes or as a path; raises BadRow."""
-    if image is not None and image["bytes"] is not None:
+    if image is not None and image.get("bytes") is not None:
         return Image(image["bytes"])
-    if image is None or image["path"] is None:
+    if image is None or image.get("path") is None:
         raise BadRow("null-image", "an image holds neither bytes nor a path; store its bytes")
     return Image(read_image(image["path"], image_root))

@@ -98,7 +98,7 @@ def read(path: str, *, sha256: str) -> Downloads | None:
                 images.append((*key_of(one.url), one.start, one.size, digest))
     except BrokenTar:
         cut_short = True
-    except (OSError, pa.ArrowInvalid) as error:
+    except (*parquet.DAMAGED, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}); fetch it again or leave it out") from error
     digests.check()
     return Downloads(np.array(images, DOWNLOAD), column, failed, cut_short)
@@ -138,13 +138,18 @@ class _Digests:
 
 
 def _image_column(file: pq.ParquetFile, path: str) -> str | None:
-    names = file.schema_arrow.names
-    column = next((name for name in IMAGE_FORMATS if name in names), None)
+    schema = file.schema_arrow
+
+    def is_there(name: str, kind: pa.DataType) -> bool:
+        return name in schema.names and parquet.reads_as(schema.field(name).type, kind)
+
+    column = next((name for name in IMAGE_FORMATS if is_there(name, pa.binary())), None)
     if column is None and os.path.exists(Path(path).with_suffix(".tar")):
         return None
-    if column is None or "url" not in names:
+    if column is None or not is_there("url", pa.string()):
+        told = ", ".join(f"{field.name} {field.type}" for field in schema)
         raise UserError(
-            f"{path} has the columns {', '.join(names)}; it needs url and one of {', '.join(IMAGE_FORMATS)}"
+            f"{path} has the columns {told}; it needs url string and one of {', '.join(IMAGE_FORMATS)} binary"
         )
     return column
 

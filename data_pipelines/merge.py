@@ -147,7 +147,7 @@ def _batches(path: str) -> Iterator[pa.RecordBatch]:
     try:
         with pq.ParquetFile(path, memory_map=True, page_checksum_verification=True) as file:
             yield from file.iter_batches(_BATCH_ROWS, columns=["images", "texts"])
-    except (OSError, pa.ArrowInvalid) as error:
+    except parquet.DAMAGED as error:
         raise UserError(f"{path} is damaged ({error}); write it again") from error
 
 

@@ -45,7 +45,8 @@ def turns(row: dict[str, Any]) -> list[dict[str, str]]:
     messages = chat_layouts.messages(row)
     system = ""
     if messages and messages[0]["role"] == "system":
-        system = f"{messages.pop(0)['content']}\n"
+        said = messages.pop(0)["content"]
+        system = f"{said}\n" if said else ""
     roles = [message["role"] for message in messages]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
         raise BadRow("roles", f"its roles are {roles[:6]}; user and assistant must take turns, the assistant last")

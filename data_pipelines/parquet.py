@@ -22,6 +22,9 @@ import pyarrow.parquet as pq
 
 from idefics_jax.errors import UserError
 
+# What reading a damaged file may raise: of Arrow's errors, ArrowMemoryError too, as a wrong size asks for any memory.
+DAMAGED = (OSError, pa.ArrowException)
+
 
 @dataclasses.dataclass(frozen=True)
 class Footer:
@@ -66,7 +69,7 @@ class ParquetRows:
         """Returns a row of a row group as Python values.
 
         Raises:
-          OSError, pyarrow.ArrowInvalid: the row group is damaged.
+          DAMAGED: the row group is damaged.
           UnicodeDecodeError: a text is not UTF-8.
         """
         table = self._load(group)
@@ -134,11 +137,13 @@ def open_file(path: str) -> pq.ParquetFile:
     """Opens a parquet file whose pages are checked as they are read; raises UserError if it is not one."""
     try:
         return pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
-    except (OSError, pa.ArrowInvalid) as error:
+    except (*DAMAGED, UnicodeDecodeError) as error:  # names of columns may be no text
         raise UserError(f"{path} is not a readable parquet file ({error}); write it again") from error
 
 
 def _read_footer(path: str) -> Footer:
     with open_file(path) as file:
-        groups = range(file.num_row_groups)
-        return Footer(path, file.schema_arrow, tuple(file.metadata.row_group(group).num_rows for group in groups))
+        groups = tuple(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
+        if min(groups, default=0) < 0:
+            raise UserError(f"{path} is damaged: a row group has {min(groups)} rows; write it again")
+        return Footer(path, file.schema_arrow, groups)

@@ -47,7 +47,7 @@ def read_parquet(path: str, kind: str) -> Iterator[tuple[str, Row | Rejected]]:
                     for i in range(batch.num_rows):
                         yield f"{name}:{row}", _values(batch, i, f"{name}:{row}")
                         row += 1
-            except (OSError, pa.ArrowInvalid) as error:
+            except parquet.DAMAGED as error:
                 for lost in range(row, first + rows):
                     sentence = f"its row group cannot be read ({error})"
                     yield f"{name}:{lost}", Rejected(f"{name}:{lost}", "damaged-parquet", sentence)

@@ -12,12 +12,15 @@ SMALLEST_SAMPLE = 1000
 # How reasons begin that are the config's own choice (filters.py), and no damage.
 FILTERED = "filter:"
 
+# Characters of a sentence about a row: it may quote the row, and a row may hold megabytes.
+_LONGEST = 500
+
 
 class BadRow(ValueError):
     """A row that holds no usable document; `reason` is the word it is counted by."""
 
     def __init__(self, reason: str, message: str):
-        super().__init__(message)
+        super().__init__(message if len(message) <= _LONGEST else f"{message[:_LONGEST]}\u2026")
         self.reason = reason
 
 

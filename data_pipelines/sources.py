@@ -56,7 +56,8 @@ class SourceConfig:
       paths: parquet files, what data_pipelines.prepare wrote (its folders, or shards in them), or the shards of a TFDS
         set, as paths or globs.
       weight: its share of the documents, relative to the other sources' weights.
-      image_root: folder of the images that rows name instead of holding (OBELICS); None if there are none.
+      image_root: folder or index of the images that rows name instead of holding (image_files.py); None if there are
+        none.
       window: row groups whose rows are shuffled together; twice as many may be in memory at once.
       augmentation: what chance changes about its documents.
       filters: what is taken out of it. An image that is taken out of a page is counted as a rejected document is.
@@ -334,7 +335,7 @@ def _values(config: SourceConfig, rows: Rows, group: int, row: int) -> dict[str,
         return rows.row(group, row)
     except UnicodeDecodeError:
         return Rejected(name, "not-utf8", "a text is not UTF-8; write it again")
-    except (OSError, pa.ArrowInvalid) as error:
+    except parquet.DAMAGED as error:
         return Rejected(name, "damaged-parquet", f"its row group cannot be read ({error})")
     except BadRow as error:
         return Rejected(name, error.reason, str(error))

@@ -69,6 +69,8 @@ def test_an_image_may_lie_in_a_file(tmp_path):
         ({"images": [], "texts": None}, "no-turns"),
         ({"images": [], "texts": [None]}, "null-text"),
         ({"images": [], "texts": [{"user": None, "assistant": "4"}]}, "null-text"),
+        ({"images": [], "texts": [{}]}, "null-text"),
+        ({"images": [{}], "texts": [{"user": "?", "assistant": "4"}]}, "null-image"),
         ({"images": [], "texts": [{"user": "?", "assistant": None}]}, "null-text"),
         ({"images": [], "texts": [{"user": "?", "assistant": ""}]}, "null-text"),
         ({"images": [None], "texts": [{"user": "?", "assistant": "4"}]}, "null-image"),

@@ -23,6 +23,18 @@ def test_a_system_message_begins_the_first_question():
     assert found == cauldron.parts({"images": None, "texts": wanted}, None)
 
 
+def test_a_system_message_that_says_nothing_adds_nothing():
+    for nothing in (None, ""):
+        found = messages.parts(row(nothing, "q1", "a1", roles=("system", "user", "assistant")), None)
+        assert found == messages.parts(row("q1", "a1"), None)
+
+
+def test_a_sentence_about_a_row_does_not_hold_the_row():
+    with pytest.raises(BadRow) as bad:
+        messages.parts(row("q", "a", roles=("x" * 2**20, "y")), None)
+    assert len(str(bad.value)) < 1000
+
+
 def test_it_is_cut_between_turns():
     long = row("q0", "a0", "q1", "a1", "q2", "a2")
     assert messages.units(long) == 3
