@@ -74,8 +74,8 @@ def with_images(row: dict[str, Any], image_root: str | None, *, max_missing: flo
 
 
 def units(row: dict[str, Any]) -> int:
-    """Returns the number of texts and images: where a long page may be cut."""
-    return len(row["texts"] or ())
+    """Returns the number of texts and images: where a long page may be cut; raises BadRow as `parts`."""
+    return len(_positions(row))
 
 
 def piece(row: dict[str, Any], first: int, end: int) -> dict[str, Any]:
