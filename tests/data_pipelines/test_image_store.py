@@ -12,7 +12,8 @@ import pytest
 
 from data_pipelines import obelics
 from data_pipelines.image_files import read_image
-from data_pipelines.image_store import HEAD, Images, build
+from data_pipelines.image_index import HEAD, build
+from data_pipelines.image_store import Images
 from data_pipelines.rejection import BadRow
 from idefics_jax.documents import Image, Text
 from idefics_jax.errors import UserError
@@ -174,11 +175,17 @@ def test_what_no_index_can_be_made_of_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("")
     (tmp_path / "bad.parquet").write_text("PAR1")
     pa.parquet.write_table(pa.table({"a": [1]}), tmp_path / "other.parquet")
+    urls = pa.array([b"\xff\xfe"]).view(pa.string())
+    pa.parquet.write_table(pa.table({"url": urls, "jpg": [b"x"]}), tmp_path / "bytes.parquet")
     for paths, message in [
         ([empty], "no image was downloaded"),
         ([str(tmp_path / "notes.txt")], "neither .parquet nor .tar"),
         ([str(tmp_path / "bad.parquet")], "bad.parquet is not a readable parquet file"),
-        ([str(tmp_path / "other.parquet")], "has the columns a; it needs url and one of jpg, png, webp"),
+        ([str(tmp_path / "bytes.parquet")], "bytes.parquet cannot be read"),
+        (
+            [str(tmp_path / "other.parquet")],
+            "has the columns a int64; it needs url string and one of jpg, png, webp binary",
+        ),
     ]:
         with pytest.raises(UserError, match=message):
             build(paths, str(tmp_path / "index"), sha256="stored", processes=1)

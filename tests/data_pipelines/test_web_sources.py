@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipelines import image_store, obelics, pairs
+from data_pipelines import image_index, obelics, pairs
 from data_pipelines.cache import Cache
 from data_pipelines.filters import Filters
 from data_pipelines.pipeline import Stage, batches
@@ -48,7 +48,7 @@ def pages(tmp_path) -> SourceConfig:
     """Ten pages of two images and a text; the second image of the even ones is missing. Images grow with the page."""
     fetched = [(url(n), None if n % 4 == 1 else png(30 + n, 40)) for n in range(20)]
     tar = write_webdataset(tmp_path / "0.tar", fetched)
-    image_store.build([tar], str(tmp_path / "index"), sha256="stored", processes=1)
+    image_index.build([tar], str(tmp_path / "index"), sha256="stored", processes=1)
     rows = [
         {"images": [url(2 * n), None, url(2 * n + 1)], "texts": [None, f"page {n}", None], "perplexity": 10.0 * n}
         for n in range(10)
@@ -124,6 +124,15 @@ def test_captions_are_drawn_by_share_anew_each_epoch_and_alike_on_resuming(capti
     assert captions(elements(captioned, 400)[200:]) == second
     assert all(text.split()[1] == name.split(":")[1] for name, text in first.items())
     assert all(first[f"pairs.parquet:{n}"] == f"alt {n}" for n in range(0, 200, 10))
+
+
+def test_prepared_pairs_keep_their_captions_to_choose_from(captioned, tmp_path):
+    recipe = Recipe("pairs", None, Filters(), features={}, max_pixels=10**6, shard_mib=1)
+    preparation = open_inputs(recipe, list(captioned.paths), tmp_path / "shards")
+    with preparation.begun():
+        preparation.finish([prepare_unit(unit) for unit in preparation.units], 0.0)
+    read = elements(dataclasses.replace(captioned, paths=(str(tmp_path / "shards"),)), 200)
+    assert 110 < sum(text.startswith("made") for text in captions(read).values()) < 160
 
 
 def test_evaluation_takes_the_first_caption(captioned):
