@@ -8,6 +8,7 @@ are never reached.
 
 import io
 import struct
+import warnings
 from collections.abc import Callable
 
 import PIL.Image
@@ -31,6 +32,10 @@ _SIDE_SWAPS = frozenset(_TRANSPOSES[tag] for tag in (5, 6, 7, 8))
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _JPEG_BARE = frozenset((0x00, 0x01, 0xFF, *range(0xD0, 0xD9)))  # no length follows
 _JPEG_SCAN_OR_END = (0xDA, 0xD9)
+# Segments, and fill bytes between them, that are walked: real files have dozens, and megabytes of them take seconds.
+_JPEG_SEGMENTS = 10_000
+# What Pillow warns of is refused here (sizes), or no reason to lose an image (EXIF); a run would print it without end.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class RejectedImage(UserError):
@@ -142,7 +147,10 @@ def _gif_size(data: bytes) -> tuple[int, int]:
 def _jpeg_size(data: bytes) -> tuple[int, int]:
     """Walks the segments to the start of the frame."""
     position = 2
-    while (position := data.find(b"\xff", position)) >= 0:
+    for _ in range(_JPEG_SEGMENTS):
+        position = data.find(b"\xff", position)
+        if position < 0:
+            raise IndexError
         marker = data[position + 1]
         if marker in _JPEG_FRAMES:
             height, width = struct.unpack_from(">HH", data, position + 5)
@@ -153,7 +161,7 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
             position += 1
         else:
             position += 2 + struct.unpack_from(">H", data, position + 2)[0]
-    raise IndexError
+    raise RejectedImage("corrupt", f"the JPEG image has {_JPEG_SEGMENTS} segments before its frame header")
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:

@@ -144,6 +144,13 @@ def test_no_bomb_reaches_a_parser(kind, monkeypatch):
     assert rejected(data).reason == "bomb"
 
 
+@pytest.mark.parametrize("junk", [b"\xff", b"\xff\x00", b"\xff\xe0\x00\x02"])
+def test_a_jpeg_of_segments_without_end_is_not_walked_to_its_end(junk):
+    error = rejected(b"\xff\xd8\xff\xe0\x00\x02" + junk * 20_000 + encoded("JPEG")[2:])
+    assert error.reason == "corrupt"
+    assert "10000 segments" in str(error)
+
+
 def test_empty_bytes_are_refused():
     assert rejected(b"").reason == "empty"
 
