@@ -152,7 +152,9 @@ def data() -> ConfigDict:
                 "images": 24,
                 "patch_dim": 3 * PATCH**2,
             },
-            "lookahead": 128,
+            "virtual_shards": 4,
+            "lookahead": 48,  # in each shard
+            "lookahead_mib": 64,
             "rounds": 4,
             "max_bad_fraction": 0.01,
             "num_threads": 0,  # two cores: the arithmetic has its own threads

@@ -1,27 +1,32 @@
 """The input pipeline: sources -> shuffle -> mix -> encode -> pack -> decode, on Grain.
 
-    sources   parquet files in a published schema, each an endless shuffled sequence of documents
+    sources   files of documents, each source an endless shuffled sequence
     mix       by weight, in stages; still a sequence that any index of can be computed
     encode    ids and patch counts; images are measured, not decoded
     pack      documents chosen for each row, by size
     decode    images to uint8 patches
 
-The same config, files and number of processes give the same batches, and the iterator's state brings back any
-position to the bit. Threads read ahead and decode; their number changes nothing.
+All but the last happens in virtual shards, each with a share of every epoch and of every batch's rows. A process holds
+some of them, so the same config and files give the same batches on any number of processes that divides the shards,
+and the shards' states bring back any position to the bit, on that or another number. Threads read ahead and decode;
+their number changes nothing.
 """
 
 import dataclasses
 import functools
 import hashlib
+import json
 import sys
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import grain
 
-from data_pipelines.batches import DecodeIterDataset, Packing, PackIterDataset, encode, encoded_size
+from data_pipelines.batches import DecodeIterDataset, Decoding
 from data_pipelines.cache import Cache
+from data_pipelines.mixture import Mixture
+from data_pipelines.packed_rows import Packing, PackIterDataset, encode, encoded_size
 from data_pipelines.sources import DocumentSource, SourceConfig
 from idefics_jax.batch import BatchShape
 from idefics_jax.errors import UserError
@@ -34,7 +39,7 @@ class Stage:
 
     Attributes:
       sources: what is mixed, each document coming from one of them by their weights.
-      documents: how many documents the stage lasts, over all processes; None for the rest of training.
+      documents: how many documents the stage lasts, over all shards; None for the rest of training.
     """
 
     sources: tuple[SourceConfig, ...]
@@ -58,7 +63,10 @@ class DataConfig:
       stages: one after another; only the last has no number of documents.
       seed: of the order of documents and of packing.
       shape: sizes of a batch; its rows are those of all processes together.
-      lookahead: documents that wait to be chosen from; more fill rows better and hold more encoded images in memory.
+      virtual_shards: how many independent parts every epoch and every batch is made of. It must divide the rows of a
+        batch, and be a multiple of every number of processes that the run may use.
+      lookahead: documents that wait to be chosen from, in each shard; more fill rows better.
+      lookahead_mib: the most that they may take, encoded, in each shard, in MiB.
       rounds: attempts to improve each row (packing.pack_row).
       max_bad_fraction: share of documents that may be rejected before the run stops, in [0, 1).
       num_threads: threads that read, and as many that decode; 0 for none.
@@ -69,7 +77,9 @@ class DataConfig:
     stages: tuple[Stage, ...]
     seed: int
     shape: BatchShape
+    virtual_shards: int
     lookahead: int
+    lookahead_mib: int
     rounds: int
     max_bad_fraction: float
     num_threads: int
@@ -79,7 +89,9 @@ class DataConfig:
     def __post_init__(self):
         for name, least in (
             ("seed", 0),
+            ("virtual_shards", 1),
             ("lookahead", 1),
+            ("lookahead_mib", 1),
             ("rounds", 0),
             ("num_threads", 0),
             ("prefetch", 1),
@@ -89,6 +101,11 @@ class DataConfig:
                 raise UserError(f"data.{name} is {getattr(self, name)}; it must be at least {least}")
         if not 0 <= self.max_bad_fraction < 1:
             raise UserError(f"data.max_bad_fraction is {self.max_bad_fraction}; it must be at least 0 and less than 1")
+        if self.shape.rows % self.virtual_shards:
+            raise UserError(
+                f"data.shape.rows is {self.shape.rows}; it must be a multiple of data.virtual_shards = "
+                f"{self.virtual_shards}"
+            )
         if not self.stages or self.stages[-1].documents is not None:
             raise UserError("data.stages: the last stage must have documents = None; it lasts to the end of training")
         if any(stage.documents is None for stage in self.stages[:-1]):
@@ -122,103 +139,133 @@ def in_order(values: Any) -> Any:
     return {**values, "stages": ordered}
 
 
-def batches(config: DataConfig, processor: Processor, *, shard_index: int, shard_count: int) -> grain.DatasetIterator:
-    """Returns the endless iterator over this process's share of every batch, as PackedBatch.
+def batches(
+    config: DataConfig, processor: Processor, *, process_index: int, process_count: int
+) -> grain.DatasetIterator:
+    """Returns the endless iterator over this process's rows of every batch, as PackedBatch.
 
     Args:
       config: what to read.
       processor: tokenizer and image rules.
-      shard_index: which process this is, from 0.
-      shard_count: how many there are; it must divide the rows of a batch.
+      process_index: which process this is, from 0. Its rows stand before those of the next.
+      process_count: how many there are; it must divide config.virtual_shards.
 
     Returns:
-      A Grain iterator: `get_state` and `set_state` hold and restore its position, and grain.checkpoint saves it.
+      A Grain iterator: `get_state` and `set_state` hold and restore its position (batches.py).
 
     Raises:
       UserError: the settings do not fit together, or files are missing or have other columns. While iterating: too
         many documents are rejected.
     """
-    shape = _share(config.shape, processor, shard_count)
+    _check(config, processor, process_count)
+    each = config.virtual_shards // process_count
+    shards = range(process_index * each, (process_index + 1) * each)
     cache = Cache(config.cache_mib * 2**20)
-    opened = [
-        [
-            DocumentSource(
-                source,
-                prepare=functools.partial(encode, processor=processor, shape=shape),
-                prepared_size=encoded_size,
-                cache=cache,
-                seed=zlib.crc32(source.name.encode(), config.seed),
-                shard_index=shard_index,
-                shard_count=shard_count,
-            )
-            for source in stage.sources
-        ]
-        for stage in config.stages
-    ]
-    documents = _in_stages(config.stages, opened, shard_count)
-    packing = Packing(
-        shape=shape,
-        lookahead=config.lookahead,
-        rounds=config.rounds,
-        seed=config.seed,
+    opened = _open(config, processor, cache, shards_here=each)
+    packed = [_packed(config, opened, shard, threads=-(-config.num_threads // each)) for shard in shards]
+    decoding = Decoding(
+        shards=tuple(shards),
+        shape=dataclasses.replace(config.shape, rows=config.shape.rows // process_count),
+        epoch_rows={name: sum(map(source.epoch_rows, shards)) for name, source in opened.items()},
         max_bad_fraction=config.max_bad_fraction,
         num_threads=config.num_threads,
-        identity=_identity(config, opened, processor, shard_index, shard_count),
+        about=json.dumps(_about(config, opened, processor)),
     )
-    indexed = documents.map_with_index(lambda index, pieces: (index, pieces))
-    decoded = DecodeIterDataset(PackIterDataset(indexed, packing), packing, processor=processor, cache=cache)
+    decoded = DecodeIterDataset(packed, decoding, processor=processor, cache=cache)
     return iter(grain.experimental.ThreadPrefetchIterDataset(decoded, prefetch_buffer_size=config.prefetch))
 
 
-def _share(shape: BatchShape, processor: Processor, shard_count: int) -> BatchShape:
-    """Returns the shape of one process's share."""
+def _check(config: DataConfig, processor: Processor, process_count: int) -> None:
     numbers = processor.image_rules.patch_size**2 * 3
-    if shape.patch_dim != numbers:
-        raise UserError(f"data.shape.patch_dim is {shape.patch_dim}; the processor's patches have {numbers} numbers")
-    if shape.rows % shard_count:
-        raise UserError(f"data.shape.rows is {shape.rows}; it must be a multiple of the {shard_count} processes")
-    return dataclasses.replace(shape, rows=shape.rows // shard_count)
+    if config.shape.patch_dim != numbers:
+        raise UserError(
+            f"data.shape.patch_dim is {config.shape.patch_dim}; the processor's patches have {numbers} numbers"
+        )
+    if config.virtual_shards % process_count:
+        raise UserError(
+            f"data.virtual_shards is {config.virtual_shards}; it must be a multiple of the {process_count} processes"
+        )
 
 
-class _StageOfIndex:
-    """Maps an index to (stage, index within the stage), for grain.MapDataset.select_from_datasets."""
+def _open(config: DataConfig, processor: Processor, cache: Cache, *, shards_here: int) -> dict[str, DocumentSource]:
+    """Opens every source once, whatever the stages and shards that read it."""
+    shape = dataclasses.replace(config.shape, rows=1)
+    return {
+        source.name: DocumentSource(
+            dataclasses.replace(source, weight=1.0),
+            prepare=functools.partial(encode, processor=processor, shape=shape),
+            prepared_size=encoded_size,
+            cache=cache,
+            seed=zlib.crc32(source.name.encode(), config.seed),
+            shards=config.virtual_shards,
+            shards_here=shards_here,
+        )
+        for stage in config.stages
+        for source in stage.sources
+    }
 
-    def __init__(self, lengths: Sequence[int]):
-        self._lengths = lengths
+
+class _ShardDocuments:
+    """A shard's endless sequence of (index, what that row gave), for grain.MapDataset.source."""
+
+    def __init__(self, shard: int, mixture: Mixture, opened: Mapping[str, DocumentSource]):
+        self._shard = shard
+        self._mixture = mixture
+        self._opened = opened
 
     def __len__(self) -> int:
         return sys.maxsize
 
-    def __getitem__(self, index: int) -> tuple[int, int]:
-        for stage, length in enumerate(self._lengths):
-            if index < length:
-                return stage, index
-            index -= length
-        return len(self._lengths), index
+    def __getitem__(self, index: int) -> tuple[int, tuple[Any, ...]]:
+        name, position = self._mixture(index)
+        return index, self._opened[name].read(self._shard, position)
 
 
-def _in_stages(stages: tuple[Stage, ...], opened: list[list[DocumentSource]], shard_count: int) -> grain.MapDataset:
-    """Returns the endless sequence of documents: each stage's mixture, one stage after another."""
-    mixtures = [
-        grain.MapDataset.mix(
-            [grain.MapDataset.source(source) for source in sources], [source.weight for source in stage.sources]
+def _packed(config: DataConfig, opened: Mapping[str, DocumentSource], shard: int, *, threads: int) -> PackIterDataset:
+    """Returns a shard's rows."""
+    each = config.virtual_shards
+    stages = [
+        (
+            {source.name: source.weight for source in stage.sources},
+            None if stage.documents is None else -(-stage.documents // each),
         )
-        for stage, sources in zip(stages, opened, strict=True)
+        for stage in config.stages
     ]
-    lengths = [-(-stage.documents // shard_count) for stage in stages[:-1]]
-    return grain.MapDataset.select_from_datasets(mixtures, _StageOfIndex(lengths))
+    mixture = Mixture(stages, start={}, seed=(config.seed, shard))
+    packing = Packing(
+        shape=dataclasses.replace(config.shape, rows=config.shape.rows // each),
+        lookahead=config.lookahead,
+        lookahead_bytes=config.lookahead_mib * 2**20,
+        rounds=config.rounds,
+        seed=(config.seed, shard),
+        max_bad_fraction=config.max_bad_fraction,
+        num_threads=threads,
+    )
+    documents = grain.MapDataset.source(_ShardDocuments(shard, mixture, opened))
+    return PackIterDataset(documents, packing, mixture.positions)
 
 
-def _identity(
-    config: DataConfig,
-    opened: list[list[DocumentSource]],
-    processor: Processor,
-    shard_index: int,
-    shard_count: int,
-) -> str:
-    """Returns a digest of everything the batches depend on; threads, read-ahead and cache are not among it."""
-    settings = dataclasses.replace(config, num_threads=0, prefetch=1, cache_mib=0)
-    rows = [[source.group_rows.tolist() for source in sources] for sources in opened]
-    tokenizer = hashlib.sha256(processor.tokenizer.model).hexdigest()
-    told = repr((settings, rows, tokenizer, processor.image_rules, processor.num_latents, shard_index, shard_count))
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
+def _about(config: DataConfig, opened: Mapping[str, DocumentSource], processor: Processor) -> dict[str, Any]:
+    """Returns everything the batches depend on, as plain JSON; threads, read-ahead and cache are not among it."""
+    settings = dataclasses.asdict(config)
+    for free in ("num_threads", "prefetch", "cache_mib", "stages"):
+        del settings[free]
+    return {
+        "data": settings | {"stages": {str(i): _told(stage) for i, stage in enumerate(config.stages)}},
+        "files": {name: _digest(repr(source.group_rows.tolist())) for name, source in opened.items()},
+        "processor": {
+            "tokenizer": _digest(processor.tokenizer.model),
+            "image_rules": dataclasses.asdict(processor.image_rules),
+            "num_latents": processor.num_latents,
+        },
+    }
+
+
+def _told(stage: Stage) -> dict[str, Any]:
+    sources = {source.name: dataclasses.asdict(source) for source in stage.sources}
+    return {"documents": stage.documents, "sources": sources}
+
+
+def _digest(content: str | bytes) -> str:
+    content = content.encode() if isinstance(content, str) else content
+    return hashlib.sha256(content).hexdigest()[:16]

@@ -27,7 +27,7 @@ def main() -> None:
         raise UserError(f"config.{missing[0]} is missing; give the config of a training")
     processor = Processor.load(values["processor"]).with_image_rules(values["image_rules"])
     config = settings.build(pipeline.DataConfig, pipeline.in_order(values["data"]), "config.data")
-    data = pipeline.batches(config, processor, shard_index=0, shard_count=1)
+    data = pipeline.batches(config, processor, process_index=0, process_count=1)
     shown = [next(data).arrays for _ in range(_BATCHES.value)]
     for batch in shown:
         for row in range(len(batch["tokens"])):

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import os
 import shlex
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -58,7 +57,7 @@ class SourceConfig:
       weight: its share of the documents, relative to the other sources' weights.
       image_root: folder or index of the images that rows name instead of holding (image_files.py); None if there are
         none.
-      window: row groups whose rows are shuffled together; twice as many may be in memory at once.
+      window: row groups whose rows are shuffled together; of parquet, twice as many may be in memory for each shard.
       augmentation: what chance changes about its documents.
       filters: what is taken out of it. An image that is taken out of a page is counted as a rejected document is.
       captions: (column, share of the documents) of each text that chance takes for a pair's caption; none for the
@@ -104,10 +103,7 @@ class SourceConfig:
 
 
 class DocumentSource:
-    """A source's rows as an endless, shuffled sequence with random access (a Grain data source).
-
-    An element is the tuple of what a row gave: one document, several where a long one was cut, or Rejected.
-    """
+    """A source's rows as endless, shuffled sequences with random access, one for each virtual shard."""
 
     def __init__(
         self,
@@ -117,8 +113,8 @@ class DocumentSource:
         prepared_size: Callable[[Any], int],
         cache: Cache,
         seed: int,
-        shard_index: int,
-        shard_count: int,
+        shards: int,
+        shards_here: int,
     ):
         """Opens the files.
 
@@ -128,46 +124,44 @@ class DocumentSource:
           prepared_size: bytes that what it returned takes in the cache.
           cache: keeps elements between epochs.
           seed: of the order.
-          shard_index: which share of each epoch to read, from 0.
-          shard_count: how many shares there are.
+          shards: how many share an epoch.
+          shards_here: how many of them this process reads.
 
         Raises:
-          UserError: files are missing or have other columns, or there are fewer documents than shares.
+          UserError: files are missing or have other columns, or there are fewer documents than shards.
         """
         self._config = config
         self._prepare = prepare
         self._prepared_size = prepared_size
         self._cache = cache
         self._seed = seed
-        self._rows = _open_rows(config)
-        if self._rows.group_rows.sum() < shard_count:
+        self._rows = _open_rows(config, readers=shards_here)
+        count = int(self._rows.group_rows.sum())
+        if count < shards:
             raise UserError(
-                f"source {config.name!r} has {self._rows.group_rows.sum()} documents for {shard_count} processes; "
-                "use fewer processes or more data"
+                f"source {config.name!r} has {count} documents for {shards} shards; lower data.virtual_shards or give "
+                "it more data"
             )
-        self._order = EpochOrder(
-            self._rows.group_rows,
-            window=config.window,
-            seed=seed,
-            shard_index=shard_index,
-            shard_count=shard_count,
-        )
+        self._order = EpochOrder(self._rows.group_rows, window=config.window, seed=seed, shards=shards)
 
     @property
     def group_rows(self) -> np.ndarray:
         """int64 [groups]: the rows of each row group."""
         return self._rows.group_rows
 
-    def __len__(self) -> int:
-        return sys.maxsize
+    def epoch_rows(self, shard: int) -> int:
+        """Returns how many rows a shard reads in an epoch."""
+        return self._order.length(shard)
 
-    def __getitem__(self, index: int) -> tuple[Any, ...]:
-        place, random = self._order(index), self._config.is_random
-        seed = (self._seed, self._order.epoch(index) if random else 0, *place)
+    def read(self, shard: int, index: int) -> tuple[Any, ...]:
+        """Returns what the index-th row of a shard gives: a document, several where a long one is cut, or Rejected."""
+        epoch, *place = self._order(shard, index)
+        random = self._config.is_random
+        seed = (self._seed, epoch if random else 0, *place)
         if random:
             return self._make(*place, seed)
         size = functools.partial(_total, self._prepared_size)
-        return self._cache.get((self._config, place), lambda: self._make(*place, seed), size)
+        return self._cache.get((self._config, *place), lambda: self._make(*place, seed), size)
 
     def _make(self, group: int, row: int, seed: tuple[int, ...]) -> tuple[Any, ...]:
         values = _values(self._config, self._rows, group, row)
@@ -206,7 +200,7 @@ def read_documents(config: SourceConfig) -> Iterator[Document]:
     Raises:
       UserError: the files are missing or have other columns, or a row holds no document.
     """
-    rows = _open_rows(config)
+    rows = _open_rows(config, readers=1)
     for group, count in enumerate(rows.group_rows):
         for row in range(count):
             document = _values(config, rows, group, row)
@@ -218,7 +212,7 @@ def read_documents(config: SourceConfig) -> Iterator[Document]:
             yield document
 
 
-def _open_rows(config: SourceConfig) -> Rows:
+def _open_rows(config: SourceConfig, *, readers: int) -> Rows:
     where = f"source {config.name!r}"
     paths = parquet.expand(config.paths, where=f"{where}: paths")
     forms = {_form(path) for path in paths}
@@ -228,7 +222,8 @@ def _open_rows(config: SourceConfig) -> Rows:
     (form,) = forms
     if config.features and form != "TFDS shards":
         raise UserError(f"{where}: features are for TFDS sets, and its paths name {form}; take them out")
-    rows = _OPEN[form](config, paths)
+    # Each reader is in a window of its own.
+    rows = _OPEN[form](dataclasses.replace(config, window=config.window * readers), paths)
     if not rows.group_rows.sum():
         raise UserError(f"{where}: {', '.join(config.paths)} hold no rows; name files that do")
     return rows

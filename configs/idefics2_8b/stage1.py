@@ -166,7 +166,9 @@ def data() -> ConfigDict:
                 "patch_dim": 3 * 14**2,
             },
             # Ours, all of what follows.
-            "lookahead": 512,
+            "virtual_shards": 64,  # as many as the largest slices have hosts
+            "lookahead": 256,
+            "lookahead_mib": 256,
             "rounds": 16,
             "max_bad_fraction": 0.05,
             "num_threads": 16,

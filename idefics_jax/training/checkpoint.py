@@ -21,6 +21,7 @@ from etils import epath
 from idefics_jax import full_disk
 from idefics_jax.errors import UserError
 from idefics_jax.fingerprint import changed, fingerprint
+from idefics_jax.training.data_position import RestorePosition, SavePosition
 
 _FROZEN_FINGERPRINT = "frozen.fingerprint.json"
 
@@ -66,7 +67,7 @@ class Checkpoints:
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state),
-                    data=grain.checkpoint.CheckpointSave(data),
+                    data=SavePosition(data),
                     meta=ocp.args.JsonSave({"fingerprint": fingerprint(state), "progress": progress}),
                 ),
             )
@@ -82,12 +83,14 @@ class Checkpoints:
           The state and the progress as they were saved, or None where there is no checkpoint.
 
         Raises:
-          UserError: there are checkpoints, and none is intact.
+          UserError: there are checkpoints, and none is intact; or the data is not that of the checkpoint.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
             try:
                 restored = self._read(step, abstract_state, data)
+            except UserError:  # the checkpoint is whole, what it belongs to has changed
+                raise
             except Exception as error:  # damage shows as nearly any exception of Orbax or tensorstore
                 logging.warning("checkpoint %d is damaged: %s", step, str(error).splitlines()[0])
                 self._set_aside(step)
@@ -105,7 +108,7 @@ class Checkpoints:
         damaged = changed(restored.state, restored.meta["fingerprint"])
         if damaged:
             raise ValueError(f"{damaged[0]} and {len(damaged) - 1} more leaves are not what was saved")
-        self._manager.restore(step, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(data)))
+        self._manager.restore(step, args=ocp.args.Composite(data=RestorePosition(data)))
         return restored.state, restored.meta["progress"]
 
     def _set_aside(self, step: int) -> None:

@@ -50,7 +50,7 @@ def train(config: TrainConfig, values: dict[str, Any], workdir: epath.Path) -> N
     with sharding.use_mesh(mesh, sharding.RULES[config.sharding]):
         run, trainable, frozen = assemble(config, mesh)
         data = pipeline.batches(
-            config.data, run.processor, shard_index=jax.process_index(), shard_count=jax.process_count()
+            config.data, run.processor, process_index=jax.process_index(), process_count=jax.process_count()
         )
         checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
         with contextlib.closing(data), contextlib.closing(checkpoints):

@@ -16,7 +16,7 @@ from tests.data_pipelines.pictures import png
 
 
 def start(config, processor):
-    return batches(config, processor, shard_index=0, shard_count=1)
+    return batches(config, processor, process_index=0, process_count=1)
 
 
 def with_augmentation(config: DataConfig, **chances) -> DataConfig:

@@ -16,7 +16,7 @@ TOO_LONG = Rejected("x", "too-many-tokens", "too long")
 
 
 def start(config, processor):
-    return batches(config, processor, shard_index=0, shard_count=1)
+    return batches(config, processor, process_index=0, process_count=1)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_a_turn_that_no_row_holds_is_counted_and_the_others_stay(one_source, pro
     packed = next(start(config, processor))
     assert set(packed.rejected) == {"too-many-tokens"}
     assert {name.rpartition("[")[2] for name in packed.documents} == {"0:1]", "2:3]"}
-    with pytest.raises(UserError, match=r"rows.parquet:0\[1:2\]: it has \d+ tokens and a row 64"):
+    with pytest.raises(UserError, match=r"rows.parquet:0\[1:2\]: it has \d+ characters"):
         next(start(dataclasses.replace(config, max_bad_fraction=0.0), processor))
 
 

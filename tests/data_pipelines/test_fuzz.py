@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from benchmarks import fuzz_targets
 from data_pipelines import training_form
-from data_pipelines.batches import Candidate, encode
+from data_pipelines.packed_rows import Candidate, encode
 from data_pipelines.rejection import BadRow, Rejected
 from data_pipelines.sources import KINDS
 from idefics_jax.batch import BatchShape

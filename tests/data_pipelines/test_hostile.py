@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipelines import manifest, records
-from data_pipelines.batches import Candidate, encode, encoded_size
 from data_pipelines.cache import Cache
 from data_pipelines.filters import Filters
+from data_pipelines.packed_rows import Candidate, encode, encoded_size
 from data_pipelines.pipeline import Stage, batches
 from data_pipelines.preparation import Preparation
 from data_pipelines.sources import KINDS, DocumentSource, SourceConfig
@@ -169,7 +169,7 @@ def with_source(config, source: SourceConfig, **changes):
 
 
 def start(config, processor):
-    return batches(config, processor, shard_index=0, shard_count=1)
+    return batches(config, processor, process_index=0, process_count=1)
 
 
 def read_an_epoch(config, processor, rows: int) -> list:
@@ -354,9 +354,9 @@ def elements(source: SourceConfig, processor) -> list[tuple]:
     """Returns what each row of a source becomes, in an order of its own."""
     prepare = functools.partial(encode, processor=processor, shape=SHAPE)
     opened = DocumentSource(
-        source, prepare=prepare, prepared_size=encoded_size, cache=Cache(0), seed=0, shard_index=0, shard_count=1
+        source, prepare=prepare, prepared_size=encoded_size, cache=Cache(0), seed=0, shards=1, shards_here=1
     )
-    return [opened[i] for i in range(int(opened.group_rows.sum()))]
+    return [opened.read(0, i) for i in range(int(opened.group_rows.sum()))]
 
 
 def test_a_page_of_ten_thousand_images_is_cut_and_none_is_lost(processor, tmp_path):
@@ -404,9 +404,10 @@ def read(name, count):
     source = SourceConfig("mine", "pairs", (str(folder / name),))
     config = DataConfig(
         stages=(Stage((source,)),), seed=0, shape=BatchShape(rows=1, tokens=64, vision_rows=1, patches=64, images=8),
-        lookahead=2, rounds=0, max_bad_fraction=0.9, num_threads=2, prefetch=1, cache_mib=0,
+        virtual_shards=1, lookahead=2, lookahead_mib=64, rounds=0,
+        max_bad_fraction=0.9, num_threads=2, prefetch=1, cache_mib=0,
     )
-    iterator = batches(config, processor, shard_index=0, shard_count=1)
+    iterator = batches(config, processor, process_index=0, process_count=1)
     for _ in range(count):
         packed = next(iterator)
     return packed, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -13,13 +13,14 @@ from data_pipelines.sources import SourceConfig, read_documents
 from idefics_jax import settings
 from idefics_jax.batch import BatchShape
 from idefics_jax.errors import UserError
+from idefics_jax.training.data_position import RestorePosition, SavePosition
 from tests.data_pipelines.pictures import damaged, png
 
 STEPS = 30
 
 
-def start(config, processor, shard_index=0, shard_count=1):
-    return batches(config, processor, shard_index=shard_index, shard_count=shard_count)
+def start(config, processor, process_index=0, process_count=1):
+    return batches(config, processor, process_index=process_index, process_count=process_count)
 
 
 def take(iterator, count: int) -> list:
@@ -122,36 +123,25 @@ def test_an_orbax_checkpoint_brings_the_position_back(config, processor, tmp_pat
     iterator = start(config, processor)
     take(iterator, 7)
     with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
-        manager.save(7, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(iterator)))
+        manager.save(7, args=ocp.args.Composite(data=SavePosition(iterator)))
         expected = take(iterator, 3)
         manager.wait_until_finished()
         resumed = start(config, processor)
-        manager.restore(7, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(resumed)))
+        manager.restore(7, args=ocp.args.Composite(data=RestorePosition(resumed)))
     for found, wanted in zip(take(resumed, 3), expected, strict=True):
         assert_same(found, wanted)
 
 
 def test_a_position_in_other_data_is_refused(config, processor):
     state = start(config, processor).get_state()
-    for change in ({"seed": 1}, {"lookahead": 31}, {"rounds": 0}):
-        with pytest.raises(UserError, match="belongs to other data or other data settings"):
+    for change, told in [
+        ({"seed": 1}, "data.seed: 0 -> 1"),
+        ({"rounds": 0}, "data.rounds: 3 -> 0"),
+        ({"virtual_shards": 4}, "data.virtual_shards: 2 -> 4"),
+    ]:
+        with pytest.raises(UserError, match=f"other data or other data settings .*{told}"):
             start(dataclasses.replace(config, **change), processor).set_state(state)
-    with pytest.raises(UserError, match="number of processes"):
-        start(config, processor, shard_index=0, shard_count=2).set_state(state)
     start(dataclasses.replace(config, num_threads=1, prefetch=1, cache_mib=1), processor).set_state(state)
-
-
-def test_processes_share_an_epoch_without_overlap(one_source, processor):
-    rows = [pair(str(i)) for i in range(80)]
-    config = one_source(rows, "pairs", pairs.SCHEMA, lookahead=1, rounds=0)
-    names = []
-    for shard in range(2):
-        iterator = start(config, processor, shard, 2)
-        read = [name for packed in take(iterator, 20) for name in packed.documents]
-        assert len(read) == len(set(read)) == 40
-        names += read
-        assert next(iterator).arrays["tokens"].shape[0] == config.shape.rows // 2
-    assert len(set(names)) == 80
 
 
 def test_stages_follow_one_another(config, processor):
@@ -314,7 +304,9 @@ def test_stages_that_contradict_themselves_are_refused(config):
 
 
 def test_shapes_that_do_not_fit_are_refused(config, processor):
-    with pytest.raises(UserError, match="multiple of the 3 processes"):
+    with pytest.raises(UserError, match="data.virtual_shards is 2; it must be a multiple of the 3 processes"):
         start(config, processor, 0, 3)
+    with pytest.raises(UserError, match="data.shape.rows is 4; it must be a multiple of data.virtual_shards = 3"):
+        dataclasses.replace(config, virtual_shards=3)
     with pytest.raises(UserError, match=r"data.shape.patch_dim is 3; .* 588"):
         start(dataclasses.replace(config, shape=BatchShape(4, 64, 2, 32, 8, 3)), processor)

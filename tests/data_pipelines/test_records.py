@@ -42,8 +42,8 @@ def open_source(*paths, **changes) -> DocumentSource:
         prepared_size=lambda document: 1,
         cache=Cache(0),
         seed=0,
-        shard_index=0,
-        shard_count=1,
+        shards=1,
+        shards_here=1,
     )
 
 
@@ -151,7 +151,7 @@ def test_training_reads_folders_and_shards_of_them(tmp_path):
     one = list(read_documents(SourceConfig("mine", "text", (str(shards[1].path),))))
     assert one == whole[shards[0].records : shards[0].records + shards[1].records]
     source = open_source(tmp_path / "out")
-    assert sorted(source[i][0].id for i in range(40)) == sorted(document.id for document in whole)
+    assert sorted(source.read(0, i)[0].id for i in range(40)) == sorted(document.id for document in whole)
 
 
 def test_a_damaged_record_is_a_bad_row_and_its_neighbours_are_not(tmp_path):
@@ -160,7 +160,7 @@ def test_a_damaged_record_is_a_bad_row_and_its_neighbours_are_not(tmp_path):
     data[data.index(b"5" * 50)] ^= 1
     shard.path.write_bytes(data)
     source = open_source(shard.path.parent)
-    read = [source[i][0] for i in range(10)]
+    read = [source.read(0, i)[0] for i in range(10)]
     (bad,) = [element for element in read if isinstance(element, Rejected)]
     assert (bad.name, bad.reason) == ("mine/00000-00000.array_record:5", "damaged-record")
     assert str(shard.path) in bad.message
@@ -169,7 +169,7 @@ def test_a_damaged_record_is_a_bad_row_and_its_neighbours_are_not(tmp_path):
 def test_a_record_that_is_no_msgpack_is_a_bad_row(tmp_path):
     write(tmp_path / "out", [talk("4"), b"\xc1", talk("5")])
     source = open_source(tmp_path / "out")
-    assert sorted(getattr(source[i][0], "reason", "") for i in range(3)) == ["", "", "damaged-record"]
+    assert sorted(getattr(source.read(0, i)[0], "reason", "") for i in range(3)) == ["", "", "damaged-record"]
 
 
 def test_a_shard_that_was_cut_emptied_or_lost_stops_at_the_start_with_its_name(tmp_path):

@@ -14,7 +14,7 @@ from tests.data_pipelines.pictures import png
 
 
 def first(config, processor):
-    return next(batches(config, processor, shard_index=0, shard_count=1)).arrays
+    return next(batches(config, processor, process_index=0, process_count=1)).arrays
 
 
 def talk():

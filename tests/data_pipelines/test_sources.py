@@ -27,8 +27,8 @@ def open_source(config: SourceConfig) -> DocumentSource:
         prepared_size=lambda document: 1,
         cache=Cache(0),
         seed=0,
-        shard_index=0,
-        shard_count=1,
+        shards=1,
+        shards_here=1,
     )
 
 
@@ -105,7 +105,7 @@ def test_extra_columns_and_large_types_are_read(tmp_path):
 def test_bad_rows_are_values_and_good_ones_keep_their_place(tmp_path):
     path = write(tmp_path / "a.parquet", cauldron.SCHEMA, [talk(), talk(None), talk("5")])
     source = open_source(SourceConfig("mine", "cauldron", (path,)))
-    read = [source[i][0] for i in range(3)]
+    read = [source.read(0, i)[0] for i in range(3)]
     bad = [element for element in read if isinstance(element, Rejected)]
     assert [(element.name, element.reason) for element in bad] == [("mine/a.parquet:1", "null-text")]
     assert sorted(element.id for element in read if element not in bad) == ["a.parquet:0", "a.parquet:2"]
@@ -117,7 +117,7 @@ def test_text_that_is_not_utf8_is_a_bad_row(tmp_path):
     table = pa.Table.from_arrays([pa.array([[None], [None]], pa.list_(pa.string())), texts], ["images", "texts"])
     pq.write_table(table, tmp_path / "a.parquet")
     source = open_source(SourceConfig("mine", "obelics", (str(tmp_path / "a.parquet"),)))
-    reasons = [getattr(source[i][0], "reason", None) for i in range(2)]
+    reasons = [getattr(source.read(0, i)[0], "reason", None) for i in range(2)]
     assert sorted(reasons, key=str) == [None, "not-utf8"]
 
 
@@ -136,7 +136,7 @@ def test_a_damaged_row_group_is_a_bad_row_each(tmp_path):
     data[data.index(b"5" * 50)] ^= 1
     (tmp_path / "a.parquet").write_bytes(data)
     source = open_source(SourceConfig("mine", "cauldron", (path,)))
-    reasons = [getattr(source[i][0], "reason", None) for i in range(20)]
+    reasons = [getattr(source.read(0, i)[0], "reason", None) for i in range(20)]
     assert reasons.count("damaged-parquet") == 10
     assert reasons.count(None) == 10
 

@@ -132,7 +132,7 @@ def test_training_reads_a_set_at_random_and_the_same_each_time(zoo, config, proc
     config = dataclasses.replace(
         config, stages=(Stage((source(zoo, "pairs", "train", image="photo", caption="animal"),)),)
     )
-    first, again = (next(batches(config, processor, shard_index=0, shard_count=1)) for _ in range(2))
+    first, again = (next(batches(config, processor, process_index=0, process_count=1)) for _ in range(2))
     assert len(first.documents) > 4
     assert first.documents == again.documents
     assert not first.rejected

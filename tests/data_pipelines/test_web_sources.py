@@ -33,10 +33,10 @@ def elements(config: SourceConfig, count: int, seed=0) -> list[tuple]:
         prepared_size=lambda document: 1,
         cache=Cache(2**20),
         seed=seed,
-        shard_index=0,
-        shard_count=1,
+        shards=1,
+        shards_here=1,
     )
-    return [source[index] for index in range(count)]
+    return [source.read(0, index) for index in range(count)]
 
 
 def url(number: int) -> str:
@@ -163,12 +163,12 @@ def test_a_resumed_run_repeats_captions_and_what_filters_took(one_source, proces
         filters=Filters(image_max_side=29),
     )
     config = dataclasses.replace(config, stages=(Stage((source,)),))
-    data = batches(config, processor, shard_index=0, shard_count=1)
+    data = batches(config, processor, process_index=0, process_count=1)
     for _ in range(2):
         next(data)
     state = json.loads(json.dumps(data.get_state()))
     expected = [next(data) for _ in range(3)]
-    again = batches(config, processor, shard_index=0, shard_count=1)
+    again = batches(config, processor, process_index=0, process_count=1)
     again.set_state(state)
     for batch in expected:
         resumed = next(again)

@@ -30,7 +30,7 @@ def small_values(data_folder):
             source["image_root"] = source["image_root"] and str(data_folder)
     values["data"]["stages"]["stage1"]["documents"] = 30
     values["data"]["shape"]["rows"] = 4
-    values["data"]["lookahead"] = 16
+    values["data"]["virtual_shards"], values["data"]["lookahead"] = 2, 8
     for section in values["model"].values():
         section["hidden_size"] = 16
     values["model"]["perceiver_config"]["resampler_depth"] = 1

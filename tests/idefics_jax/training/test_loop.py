@@ -77,7 +77,7 @@ def test_a_loss_that_is_not_finite_names_step_documents_and_checkpoint(values, t
     values["optimizer"]["warmup_steps"] = 0
     values["checkpoint_every"] = 1
     with pytest.raises(
-        UserError, match=r"not finite at step \d .*its documents: numbers/.*last good checkpoint is .*/1;"
+        UserError, match=r"not finite at step \d .*its documents: \w+/\w+\.parquet:\d+.*last good checkpoint is .*/1;"
     ):
         run(values, tmp_path)
 

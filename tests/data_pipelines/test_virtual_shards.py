@@ -1,0 +1,106 @@
+"""The stream of batches does not depend on how many processes hold its shards, nor on where it was interrupted."""
+
+import collections
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from data_pipelines import pairs
+from data_pipelines.pipeline import batches
+from tests.data_pipelines.test_pipeline import pair, take
+
+SHARDS, STEPS = 8, 12
+
+
+@pytest.fixture
+def sharded(config):
+    shape = dataclasses.replace(config.shape, rows=SHARDS)
+    return dataclasses.replace(config, shape=shape, virtual_shards=SHARDS, lookahead=6)
+
+
+def start(config, processor, count):
+    return [batches(config, processor, process_index=index, process_count=count) for index in range(count)]
+
+
+def step(processes) -> tuple[dict, tuple[str, ...]]:
+    """Returns the global batch: the rows of all processes, one process after another."""
+    parts = [next(process) for process in processes]
+    arrays = {name: np.concatenate([part.arrays[name] for part in parts]) for name in parts[0].arrays}
+    return arrays, tuple(name for part in parts for name in part.documents)
+
+
+def assert_same_stream(found, wanted) -> None:
+    for (arrays, names), (expected, expected_names) in zip(found, wanted, strict=True):
+        assert names == expected_names
+        for name, array in expected.items():
+            np.testing.assert_array_equal(arrays[name], array, err_msg=name)
+
+
+def merged(processes) -> dict:
+    """Returns the position as a checkpoint holds it: the shards of all processes."""
+    states = [json.loads(json.dumps(process.get_state())) for process in processes]
+    return {"about": states[0]["about"], "shards": {k: v for state in states for k, v in state["shards"].items()}}
+
+
+def test_any_number_of_processes_gives_the_same_batches(sharded, processor):
+    wanted = [step(start_) for start_ in [start(sharded, processor, 1)] for _ in range(STEPS)]
+    for count in (2, 4, 8):
+        processes = start(sharded, processor, count)
+        assert_same_stream([step(processes) for _ in range(STEPS)], wanted)
+
+
+@pytest.mark.parametrize(("saved_on", "resumed_on"), [(4, 1), (4, 2), (4, 8), (1, 4), (8, 2)])
+def test_a_run_goes_on_with_another_number_of_processes(sharded, processor, saved_on, resumed_on):
+    processes = start(sharded, processor, saved_on)
+    for _ in range(3):
+        step(processes)
+    state = merged(processes)
+    wanted = [step(processes) for _ in range(4)]
+    resumed = start(sharded, processor, resumed_on)
+    for process in resumed:
+        process.set_state(state)
+    assert_same_stream([step(resumed) for _ in range(4)], wanted)
+
+
+def test_every_document_comes_once_in_each_epoch(one_source, processor):
+    """With no choice among waiting documents, what has been packed is what has been read."""
+    rows = [pair(str(i)) for i in range(83)]
+    config = one_source(rows, "pairs", pairs.SCHEMA, virtual_shards=4, lookahead=1, rounds=0)
+    iterator = batches(config, processor, process_index=0, process_count=1)
+    seen = collections.Counter()
+    epochs = 0
+    while epochs < 3:
+        (packed,) = take(iterator, 1)
+        seen.update(packed.documents)
+        epochs = packed.epochs["mine"]
+    # Each shard has read between two and three times its share and a row more, so every document twice at least.
+    assert len(seen) == 83
+    assert set(seen.values()) <= {2, 3, 4}
+    assert packed.seen == pytest.approx(83 * packed.epochs["mine"])
+
+
+def test_no_document_is_lost_or_doubled_while_others_wait(one_source, processor):
+    """Packed or waiting: together they are every document of the epoch, once."""
+    rows = [pair("word " * (1 + i % 9)) for i in range(400)]
+    config = one_source(rows, "pairs", pairs.SCHEMA, virtual_shards=2, lookahead=40, rounds=8)
+    iterator = batches(config, processor, process_index=0, process_count=1)
+    packed, read = collections.Counter(), 0
+    while read < 300:
+        batch = next(iterator)
+        packed.update(batch.documents)
+        read = batch.seen
+    shards = iterator.get_state()["shards"].values()
+    waiting = sum(len(json.loads(shard["packed"]["pool"])) for shard in shards)
+    assert set(packed.values()) == {1}
+    assert len(packed) + waiting == read
+
+
+def test_memory_of_waiting_documents_is_bounded(one_source, processor):
+    rows = [pair("x" * 4) for _ in range(300)]
+    few = one_source(rows, "pairs", pairs.SCHEMA, virtual_shards=1, lookahead=10_000, lookahead_mib=1)
+    iterator = batches(few, processor, process_index=0, process_count=1)
+    next(iterator)
+    (shard,) = iterator.get_state()["shards"].values()
+    assert 300 < len(json.loads(shard["packed"]["pool"])) < 600  # of about 2 kB each
