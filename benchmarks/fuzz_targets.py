@@ -14,6 +14,7 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,8 +23,9 @@ from data_pipelines import jsonl, manifest, readers, records, tar, training_form
 from data_pipelines.cache import Cache
 from data_pipelines.rejection import BadRow, Rejected
 from data_pipelines.sources import KINDS, DocumentSource, SourceConfig
+from idefics_jax import decoding, image_gate
 from idefics_jax.errors import UserError
-from idefics_jax.images import ImageRules, image_patches, image_size, patch_grids
+from idefics_jax.images import ImageRules, RejectedImage, image_patches, image_size, patch_grids
 
 REFUSALS = (UserError, BadRow)  # RejectedImage is a UserError
 RULES = ImageRules(
@@ -113,14 +115,27 @@ def images(form: str) -> tuple[bytes, ...]:
 
 
 def read_image(data: bytes) -> bool:
-    """Reads an image as training does: measured by its header, then decoded and cut."""
+    """Reads an image as training does: measured by its header, then decoded, both ways there are, and cut."""
     width, height = image_size(data, RULES)
     if width * height > RULES.max_pixels:
         raise AssertionError(f"{width} x {height} pixels were let in")
     grids = patch_grids(data, RULES)
-    patches = image_patches(data, RULES)
-    # One that is not of the size its header says is turned away when it is decoded (batches.py).
-    return [len(found) for found in patches] == [rows * columns for rows, columns in grids]
+    pixels = _either(lambda: np.asarray(decoding.rgb_image(_opened(data))))
+    if pixels != _either(lambda: decoding.rgb_array(data, _opened(data), channels=3)):
+        raise AssertionError("an array and an image are decoded otherwise")
+    return [len(found) for found in image_patches(data, RULES)] == [rows * columns for rows, columns in grids]
+
+
+def _opened(data: bytes) -> PIL.Image.Image:
+    return image_gate.open_image(data, max_pixels=RULES.max_pixels)
+
+
+def _either(decode: Callable[[], np.ndarray]) -> bytes | str:
+    """Returns the pixels, or the reason of a refusal."""
+    try:
+        return decode().tobytes()
+    except RejectedImage as error:
+        return error.reason
 
 
 def _rows(kind: str) -> list[dict]:
@@ -279,11 +294,11 @@ def _train_on(config: SourceConfig) -> bool:
         prepared_size=lambda document: 1,
         cache=Cache(0),
         seed=0,
-        shard_index=0,
-        shard_count=1,
+        shards=1,
+        shards_here=1,
     )
     count = min(1000, int(source.group_rows.sum()))
-    return not any(isinstance(piece, Rejected) for i in range(count) for piece in source[i])
+    return not any(isinstance(piece, Rejected) for i in range(count) for piece in source.read(0, i))
 
 
 def _make_parts(kind: str, row: dict) -> None:

@@ -13,6 +13,9 @@ import simplejpeg
 from idefics_jax import image_gate
 from idefics_jax.image_gate import RejectedImage
 
+# Pixels that are laid on white at once.
+_STRIP_PIXELS = 2**20
+
 
 def upright_size(image: PIL.Image.Image) -> tuple[int, int]:
     """Returns (width, height) of an image as the gate opens it, once it is turned upright."""
@@ -76,10 +79,19 @@ def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     if image.mode.startswith("I"):
         image = _high_byte(image)
     if "A" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        white = PIL.Image.new("RGBA", image.size, "white")
-        image = PIL.Image.alpha_composite(white, image)
+        return _on_white(image)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _on_white(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Lays transparency on white, a strip at a time: whole, it would take three copies of four bytes a pixel."""
+    shown = PIL.Image.new("RGB", image.size)
+    rows = max(1, _STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGBA")
+        white = PIL.Image.new("RGBA", strip.size, "white")
+        shown.paste(PIL.Image.alpha_composite(white, strip).convert("RGB"), (0, top))
+    return shown
 
 
 def _high_byte(image: PIL.Image.Image) -> PIL.Image.Image:

@@ -101,3 +101,19 @@ def test_damaged_jpeg_ends_both_ways_alike():
         assert np.array_equal(short, pillow)
         ends.add(short if isinstance(short, str) else "decoded")
     assert ends >= {"decoded", "truncated", "corrupt"}
+
+
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [("RGBA", {}), ("LA", {}), ("P", {"transparency": 3}), ("P", {"transparency": bytes(range(256))})]
+    + [("RGB", {"transparency": (255, 255, 255)}), ("L", {"transparency": 7})],
+)
+def test_transparency_is_laid_on_white_in_strips_as_it_is_whole(mode, options, monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (23, 17, 4), dtype=np.uint8)
+    file = io.BytesIO()
+    PIL.Image.fromarray(pixels).convert(mode).save(file, "PNG", **options)
+    whole = PIL.Image.open(file).convert("RGBA")
+    whole = PIL.Image.alpha_composite(PIL.Image.new("RGBA", whole.size, "white"), whole).convert("RGB")
+    monkeypatch.setattr(decoding, "_STRIP_PIXELS", 17 * 4)
+    found = decoding.rgb_image(image_gate.open_image(file.getvalue(), max_pixels=1000))
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(whole))
