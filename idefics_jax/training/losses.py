@@ -14,7 +14,7 @@ def next_token_loss(
     hidden: jax.Array,
     tokens: jax.Array,
     loss_weights: jax.Array,
-    logits: Callable[[jax.Array], jax.Array],
+    logits: Callable[[jax.Array, jax.Array], jax.Array],
     *,
     chunk: int,
 ) -> dict[str, jax.Array]:
@@ -24,7 +24,7 @@ def next_token_loss(
       hidden: [B, T, D] final hidden states.
       tokens: int32 [B, T]; position t is scored on tokens[t + 1].
       loss_weights: float32 [B, T], weight of that score (batch.py).
-      logits: [B, chunk, D] -> float32 [B, chunk, V].
+      logits: [B, chunk, D] and the chunk's number, int32 [] -> float32 [B, chunk, V].
       chunk: positions scored at once; T is padded up to a multiple.
 
     Returns:
@@ -38,8 +38,8 @@ def next_token_loss(
         x = jnp.pad(x, ((0, 0), (0, chunks * chunk - length), *((0, 0),) * (x.ndim - 2)))
         return jnp.moveaxis(x.reshape(x.shape[0], chunks, chunk, *x.shape[2:]), 1, 0)
 
-    def score(x, target, weight):
-        scores = logits(x)
+    def score(index, x, target, weight):
+        scores = logits(x, index)
         picked = jnp.take_along_axis(scores, target[..., None], axis=-1)[..., 0]
         loss = jax.nn.logsumexp(scores, axis=-1) - picked
         correct = jnp.argmax(scores, axis=-1) == target
@@ -51,5 +51,6 @@ def next_token_loss(
     # A single chunk holds all logits at once in either pass: nothing is saved by computing them twice.
     score = score if chunks == 1 else jax.checkpoint(score)
     start = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
-    (loss, correct), _ = jax.lax.scan(add, start, (split(hidden), split(targets), split(loss_weights)))
+    inputs = (jnp.arange(chunks), split(hidden), split(targets), split(loss_weights))
+    (loss, correct), _ = jax.lax.scan(add, start, inputs)
     return {"loss": loss, "correct": correct, "weight": jnp.sum(loss_weights)}

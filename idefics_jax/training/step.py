@@ -42,13 +42,15 @@ def batch_sums(
     batch: Batch,
     *,
     chunk: int,
-    rngs: dict[str, jax.Array] | None = None,
+    rngs: dict[str, jax.Array],
 ) -> dict[str, jax.Array]:
     """Returns the float32 sums of losses.next_token_loss over a batch; `rngs` are the keys of training's noise."""
     hidden, _ = model.apply(model_variables, batch, rngs=rngs)
 
-    def logits(x):
-        return model.apply(model_variables, x, method=Idefics2.logits)
+    def logits(x, index):
+        # Each chunk drops out of the head's input anew.
+        of_chunk = {name: jax.random.fold_in(key, index) for name, key in rngs.items()}
+        return model.apply(model_variables, x, rngs=of_chunk, method=Idefics2.logits)
 
     return next_token_loss(hidden, batch["tokens"], batch["loss_weights"], logits, chunk=chunk)
 

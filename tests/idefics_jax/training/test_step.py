@@ -119,6 +119,25 @@ def test_accumulation_gives_the_step_of_the_whole_batch():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole["opt_state"], split["opt_state"])
 
 
+@pytest.mark.parametrize("pattern", ["text_model/lm_head", "text_model/layers/mlp/down_proj"])
+def test_dropout_reaches_the_head_as_it_does_the_layers(pattern):
+    def losses(dropout):
+        spec = (lora.LoraTarget(pattern, rank=4, alpha=8.0, dropout=dropout),)
+        adapters = lora.init(tiny.params(), spec, jax.random.key(0))
+        adapters = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), adapters)
+        optimizer = optax.sgd(0.0)
+        step = jax.jit(make_train_step(tiny.MODEL, optimizer, spec, accumulation=1, chunk=8, seed=0, max_skipped=0))
+        state = init_state({"adapters": adapters}, optimizer)
+        return [
+            float(step({**state, "step": jnp.int32(k)}, tiny.params(), tiny.batch(0))[1]["loss"]) for k in (0, 0, 1)
+        ]
+
+    plain, dropped = losses(0.0), losses(0.5)
+    assert plain[0] == plain[2]
+    assert dropped[0] == dropped[1]
+    assert len({plain[0], dropped[0], dropped[2]}) == 3, "each step drops out anew"
+
+
 def test_loss_is_weighted_by_loss_weights():
     step, state, frozen = setup("frozen", 1)
     batch = tiny.batch(0)
