@@ -65,9 +65,11 @@ def targets(modules: Sequence[str], spec: LoraSpec) -> dict[str, LoraTarget]:
     """Returns {module path: its target}, the first that matches.
 
     Raises:
-      ValueError: a target that is the first match of no module.
+      ValueError: a target that is the first match of no module, or two targets with the same pattern.
     """
     by_pattern = {target.pattern: target for target in spec}
+    if len(by_pattern) < len(spec):
+        raise ValueError("lora: two targets have the same pattern; the second would never decide, so remove one")
     chosen = paths.select(by_pattern, modules, field="lora")
     return {module: by_pattern[pattern] for module, pattern in chosen.items()}
 

@@ -164,6 +164,18 @@ def test_every_target_must_match_a_kernel():
         lora.init(tiny.raw_params(), (lora.LoraTarget("text_model/layers/self_attn/qproj", 2, 2.0),), jax.random.key(0))
 
 
+def test_of_several_targets_the_first_that_matches_decides_and_none_comes_twice():
+    first, second = (lora.LoraTarget(r"text_model/layers/mlp/(up|down)_proj", rank, 1.0) for rank in (2, 4))
+    general = dataclasses.replace(second, pattern="text_model/.*_proj")
+    chosen = lora.targets(["text_model/layers/mlp/up_proj", "text_model/layers/mlp/gate_proj"], (first, general))
+    assert {module: target.rank for module, target in chosen.items()} == {
+        "text_model/layers/mlp/up_proj": 2,
+        "text_model/layers/mlp/gate_proj": 4,
+    }
+    with pytest.raises(ValueError, match="lora: two targets have the same pattern"):
+        lora.init(tiny.raw_params(), (first, second), jax.random.key(0))
+
+
 def test_an_adapter_the_model_never_reads_is_an_error():
     params = tiny.params()
     adapters = lora.init(params, SPEC, jax.random.key(0))
