@@ -43,9 +43,9 @@ def get_config() -> ConfigDict:
     config.model = model(positions_a_side=IMAGE_SIDE, vocab_size=32_002)
     config.resize_positions = False
     # Rows of <fake_token_around_image> and <image> start with a standard deviation of 1/64, and so do the latents; what
-    # else is new with sqrt(0.4 / width), as its layers say, but this one by the decoder's width, not its own (code).
+    # else is new with sqrt(0.4 / width), as its layers say (code).
     config.grow_vocabulary = "normal"
-    config.init_std = (("connector/modality_projection/(gate|up)_proj/kernel", (0.4 / 4096) ** 0.5),)
+    config.init_std = ()
     config.dtype = "bfloat16"  # code
     # Ours: adapters are merged into the base between stages, and bfloat16 would round most of what they add away.
     config.frozen_dtype = "float32"

@@ -15,7 +15,10 @@ from idefics_jax.stack import stack
 
 
 def new_weight_std(width: int, *, depth: int = 0) -> float:
-    """Initialisation of connector weights in the authors' code: sqrt(0.4 / width), less into a residual stream."""
+    """Initialisation of connector weights in the authors' code: sqrt(0.4 / width), less for a resampler's o_proj.
+
+    The width is the decoder's, whatever the weight's own input.
+    """
     return (0.4 / (width * max(1, 2 * depth))) ** 0.5
 
 
@@ -56,8 +59,8 @@ class Layer(nn.Module):
         latents = latents + Attention(config, self.dtype, name="self_attn")(y, context, visibility)
         y = RMSNorm(config.rms_norm_eps, name="post_attention_layernorm")(latents)
         width = config.hidden_size
-        std = (new_weight_std(width), new_weight_std(4 * width))
-        mlp = GatedMLP(4 * width, width, config.hidden_act, ("embed", "embed"), std, self.dtype, name="mlp")
+        std = new_weight_std(width)
+        mlp = GatedMLP(4 * width, width, config.hidden_act, ("embed", "embed"), (std, std), self.dtype, name="mlp")
         return latents + mlp(y), None
 
 
@@ -114,7 +117,7 @@ class PerceiverConnector(nn.Module):
             features=text.hidden_size,
             act=text.hidden_act,
             axes=("vision_embed", "embed"),
-            std=(new_weight_std(features.shape[-1]), new_weight_std(2 * text.hidden_size)),
+            std=(new_weight_std(text.hidden_size), new_weight_std(2 * text.hidden_size)),
             dtype=self.dtype,
             name="modality_projection",
         )

@@ -1,5 +1,7 @@
 """The connector against Idefics2Connector."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 import torch
 
 from idefics_jax.models.perceiver import PerceiverConnector, Resampler
+from idefics_jax.param_transforms import paths
 from idefics_jax.sharding import unbox
 from tests.idefics_jax import reference
 from tests.idefics_jax.reference import LATENTS, LEAF, PERCEIVER, VISION, assert_close
@@ -66,6 +69,26 @@ def test_projection_and_latents_are_the_reference_s():
 def test_an_image_has_as_many_tokens_as_latents():
     twin = reference.twin()
     assert PerceiverConnector(twin.config, jnp.float32, "none").num_tokens == LATENTS
+
+
+def test_new_weights_start_as_the_authors_code_has_them():
+    """`modeling_vmistral._init_weights`: every width is the decoder's, and only two kinds of weights start smaller."""
+    width, depth = 256, 3
+    sizes = reference.twin().config
+    config = dataclasses.replace(
+        sizes,
+        perceiver_config=dataclasses.replace(sizes.perceiver_config, hidden_size=width, resampler_depth=depth),
+        text_config=dataclasses.replace(sizes.text_config, hidden_size=width),
+    )
+    connector = PerceiverConnector(config, jnp.float32, "none")
+    features, ids = packed(images_of(VISION["hidden_size"]))
+    params = reference.jit(connector.init, static_argnums=3)(jax.random.key(0), features[:, None], ids[:, None], 3)
+    factors = {"modality_projection/down_proj": 2, "self_attn/o_proj": 2 * depth}
+    kernels = {path: x for path, x in paths.flatten(unbox(params)["params"]).items() if path.endswith("/kernel")}
+    assert len(kernels) == 10
+    for path, kernel in kernels.items():
+        factor = next((factor for name, factor in factors.items() if name in path), 1)
+        np.testing.assert_allclose(np.std(kernel), (0.4 / (width * factor)) ** 0.5, rtol=0.03, err_msg=path)
 
 
 def test_new_latents_differ_from_one_another():
