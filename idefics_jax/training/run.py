@@ -83,15 +83,16 @@ def assemble(config: TrainConfig, mesh: Mesh) -> tuple[Run, dict[str, Any], dict
     spec = tuple(config.lora.values())
     try:
         params = initial_params(config, sizes, mesh)
-        adapters, adapter_axes = make_adapters(config, params, axes, mesh)
-        chosen = partition.choose(params, adapters, config.partition)
+        planned = partition.combine(*jax.eval_shape(lambda tree: starting_adapters(config, tree), params))
+        chosen = partition.choose(params, planned, config.partition)
         base, frozen = partition.split(params, chosen)
+        frozen = quantize.cast(quantize.quantize(frozen, config.quantize), jnp.dtype(config.frozen_dtype))
+        adapters, adapter_axes = make_adapters(config, partition.combine(base, frozen), axes, mesh)
         trainable = {name: tree for name, tree in (("params", base), ("adapters", adapters)) if tree}
         if not trainable:
             raise UserError("partition freezes everything and there are no adapters: nothing would train")
         if adapters:
             lora.assert_used(lambda tree: _traced_logits(model, shapes, tree), adapters)
-        frozen = quantize.cast(quantize.quantize(frozen, config.quantize), jnp.dtype(config.frozen_dtype))
     except ValueError as error:
         raise UserError(str(error)) from error
     optimizer = make_optimizer(config.optimizer, trainable, chosen, config.steps)
@@ -141,9 +142,14 @@ def make_adapters(
 def starting_adapters(config: TrainConfig, params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the adapters before the first step: LoRA's, and the new vocabulary rows; to be traced.
 
+    Args:
+      config: the settings.
+      params: as the run holds them, quantised and cast: DoRA's magnitudes are the norms of the kernels in use.
+
     Raises:
       ValueError: a target that matches nothing, or more new rows than there are.
     """
+    params = quantize.dequantize(params, jnp.float32)
     adapters = lora.init(params, tuple(config.lora.values()), jax.random.key(config.seed + 1))
     return adapters, new_rows.init(params, config.new_rows) if config.new_rows else {}
 

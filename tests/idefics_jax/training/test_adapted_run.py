@@ -9,10 +9,13 @@ from etils import epath
 
 from idefics_jax import sharding
 from idefics_jax.convert.orbax import load_model
+from idefics_jax.models.idefics2 import Idefics2
 from idefics_jax.param_transforms import paths
+from idefics_jax.param_tree import probe_batch
 from idefics_jax.training.config import TrainConfig
 from idefics_jax.training.loop import train
 from idefics_jax.training.run import assemble
+from idefics_jax.training.step import variables
 
 # The vocabulary is padded to 512; its control tokens begin at 400.
 NEW_ROWS = 112
@@ -107,3 +110,16 @@ def test_the_start_prints_state_rate_and_dtype_of_every_leaf(values):
     assert rows["text_model/lm_head/new_rows"][1:] == ["trainable", f"{rate / 10:.3g}", "0"]
     leaves = len(jax.tree.leaves(trainable)) + len(jax.tree.leaves(frozen))
     assert len(rows) == leaves
+
+
+@pytest.mark.parametrize("frozen_dtype", ["float32", "bfloat16"])
+def test_the_adapted_model_starts_as_the_quantised_and_cast_base(values, frozen_dtype):
+    config = TrainConfig.from_config_dict({**values, "frozen_dtype": frozen_dtype})
+    mesh = sharding.make_mesh(config.mesh)
+    with sharding.use_mesh(mesh, sharding.RULES[config.sharding]):
+        run, trainable, frozen = assemble(config, mesh)
+        adapted = variables(trainable, frozen, tuple(config.lora.values()))
+        model, batch = Idefics2(run.model_config), probe_batch(run.model_config)
+        logits = jax.jit(lambda tree: model.apply(tree, batch, method=Idefics2.full_logits))
+        base, whole = logits({"params": adapted["params"]}), logits(adapted)
+    np.testing.assert_allclose(whole, base, atol=1e-5 * np.abs(base).max())
