@@ -6,6 +6,7 @@ UserError are refusals; so is a Rejected in the place of a row. Anything else is
 
 import dataclasses
 import gzip
+import hashlib
 import io
 import json
 import random
@@ -19,7 +20,7 @@ import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipelines import jsonl, manifest, readers, records, tar, training_form
+from data_pipelines import downloads, jsonl, manifest, readers, records, tar, training_form
 from data_pipelines.cache import Cache
 from data_pipelines.rejection import BadRow, Rejected
 from data_pipelines.sources import KINDS, DocumentSource, SourceConfig
@@ -90,6 +91,10 @@ def targets(folder: Path) -> dict[str, Target]:
     found["jsonl"] = Target(_lines(), lambda data: _read_rows(data, "text", folder / "a.jsonl", jsonl.read))
     packed = tuple(gzip.compress(data, mtime=0) for data in _lines())
     found["jsonl.gz"] = Target(packed, lambda data: _read_rows(data, "text", folder / "a.jsonl.gz", jsonl.read))
+    found["downloads-parquet"] = Target(
+        _downloaded_parquets(), lambda data: _read_downloads(data, folder / "store.parquet")
+    )
+    found["downloads-tar"] = Target(_downloaded_tars(), lambda data: _read_downloads(data, folder / "store.tar"))
     return found
 
 
@@ -249,6 +254,43 @@ def _tars() -> tuple[bytes, ...]:
                 archive.addfile(info, io.BytesIO(content))
         found.append(file.getvalue())
     return tuple(found)
+
+
+_URLS = ("http://a.b/c.png", "http://a.b/d.png")
+
+
+def _downloaded_parquets() -> tuple[bytes, ...]:
+    """Returns what img2dataset writes with output_format=parquet."""
+    found = []
+    for column in ("jpg", "png", "webp"):
+        rows = [
+            {"url": url, "key": f"{i}", "status": "success", "sha256": hashlib.sha256(data).hexdigest(), column: data}
+            for i, (url, data) in enumerate(zip(_URLS, images("PNG"), strict=False))
+        ]
+        file = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist([*rows, {**rows[0], "url": "e", "status": "failed", column: None}]), file)
+        found.append(file.getvalue())
+    return tuple(found)
+
+
+def _downloaded_tars() -> tuple[bytes, ...]:
+    """Returns what img2dataset writes with output_format=webdataset."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        for i, (url, data) in enumerate(zip(_URLS, images("PNG"), strict=False)):
+            fields = {"url": url, "key": f"{i:09}", "status": "success", "sha256": hashlib.sha256(data).hexdigest()}
+            for suffix, content in (("png", data), ("json", json.dumps(fields).encode()), ("txt", b"words")):
+                info = tarfile.TarInfo(f"{i:09}.{suffix}")
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    return (file.getvalue(),)
+
+
+def _read_downloads(data: bytes, path: Path) -> bool:
+    """Finds the images of a file of a store, as its index is built, and checks them against their digests."""
+    path.write_bytes(data)
+    found = downloads.read(str(path), sha256="stored")
+    return found is not None and not found.cut_short and len(found.images) == len(_URLS)
 
 
 def _lines() -> tuple[bytes, ...]:

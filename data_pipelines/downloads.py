@@ -98,7 +98,7 @@ def read(path: str, *, sha256: str) -> Downloads | None:
                 images.append((*key_of(one.url), one.start, one.size, digest))
     except BrokenTar:
         cut_short = True
-    except (*parquet.DAMAGED, UnicodeDecodeError) as error:
+    except (*parquet.DAMAGED, UnicodeDecodeError, IndexError) as error:  # columns may differ in length
         raise UserError(f"{path} cannot be read ({error}); fetch it again or leave it out") from error
     digests.check()
     return Downloads(np.array(images, DOWNLOAD), column, failed, cut_short)

@@ -30,7 +30,7 @@ def targets(tmp_path_factory) -> dict[str, fuzz_targets.Target]:
 
 
 NAMES = ("jpeg", "png", "webp", "gif", *(f"parquet-{kind}" for kind in KINDS), "record", "shard", "manifest")
-NAMES += ("tar", "jsonl", "jsonl.gz")
+NAMES += ("tar", "jsonl", "jsonl.gz", "downloads-parquet", "downloads-tar")
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow warns of what it then refuses
