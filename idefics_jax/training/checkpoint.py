@@ -1,6 +1,6 @@
 """Checkpoints of a run: the state, the data's position and a fingerprint, written by Orbax in the background.
 
-    workdir/checkpoints/<step>/{state, data, meta}     newest `keep` steps
+    workdir/checkpoints/<step>/{state, data, meta}     newest `keep` steps, and one from before a doubt
     workdir/frozen/, frozen.fingerprint.json           frozen parameters, once
 
 A restore takes the newest step whose fingerprint is right, onto whatever mesh is current; a damaged step is set
@@ -8,8 +8,9 @@ aside as `<step>.damaged`, never deleted.
 """
 
 import contextlib
+import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -26,18 +27,33 @@ from idefics_jax.training.data_position import RestorePosition, SavePosition
 _FROZEN_FINGERPRINT = "frozen.fingerprint.json"
 
 
+@dataclasses.dataclass
+class _Kept(ocp.checkpoint_managers.PreservationPolicy):
+    """Keeps the newest checkpoints, and the last of the first `sound` steps where that is a number."""
+
+    newest: int
+    sound: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Returns for each checkpoint, oldest first, whether it is kept."""
+        del context
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        before = [step for step in steps if self.sound is not None and step <= self.sound]
+        return [step in (*steps[-self.newest :], *before[-1:]) for step in steps]
+
+
 class Checkpoints:
     """The checkpoints under `workdir`."""
 
     def __init__(self, workdir: epath.Path, *, keep: int):
         self.path = workdir / "checkpoints"
-        self._keep = keep
+        self._kept = _Kept(keep)
         full_disk.say_once()
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
         with _saying_what_failed(self.path, self.latest_step):
-            options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, cleanup_tmp_directories=True)
+            options = ocp.CheckpointManagerOptions(preservation_policy=self._kept, cleanup_tmp_directories=True)
             return ocp.CheckpointManager(self.path, options=options)
 
     def steps(self) -> list[int]:
@@ -50,7 +66,9 @@ class Checkpoints:
         """Returns the newest committed step, or None."""
         return max(self.steps(), default=None)
 
-    def save(self, step: int, state: Any, data: grain.DatasetIterator, progress: dict[str, Any]) -> None:
+    def save(
+        self, step: int, state: Any, data: grain.DatasetIterator, progress: dict[str, Any], *, sound: int | None
+    ) -> None:
         """Starts saving a step; returns once the arrays are copied. A step that is already there is left alone.
 
         Args:
@@ -58,10 +76,13 @@ class Checkpoints:
           state: arrays.
           data: iterator, for its position.
           progress: what the run says about itself (progress.Progress.state), plain JSON.
+          sound: the newest checkpoint of up to so many steps is kept beside the newest of all; None where nothing is
+            in doubt.
         """
         if step == self.latest_step():
             return
         full_disk.check_room(self.path, state)
+        self._kept.sound = sound
         with _saying_what_failed(self.path, self.latest_step):
             self._manager.save(
                 step,

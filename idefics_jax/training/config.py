@@ -57,7 +57,7 @@ class TrainConfig:
       sharding: name in sharding.RULES.
       log_every: steps between two lines of progress.
       checkpoint_every: steps between two checkpoints.
-      keep_checkpoints: newest checkpoints kept.
+      keep_checkpoints: newest checkpoints kept; while the loss is far up, the last from before is kept beside them.
     """
 
     seed: int

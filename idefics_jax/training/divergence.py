@@ -6,24 +6,37 @@ everything unfrozen diverge; a run should say so by itself, and name the last ch
 
 import collections
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from idefics_jax.errors import UserError
 
-# Losses that "usual" is the median of, and how many must be known before anything is judged.
+# Losses that "usual" is the median of, and how many must be known before a spike is told.
 HISTORY, ENOUGH = 100, 20
 # A spike is this many robust standard deviations above the usual loss, and this share of it.
 DEVIATIONS, LEAST_RISE = 6.0, 0.1
-# Diverged: this much above both the usual loss and the loss at the start, and not on its way back.
-DIVERGED_RISE = 1.5
+# Far up: above the best mean of a window by this share of it, by this many nats and by this many of its standard
+# deviations; and above the first loss, of which there is only one, by this share and this many nats.
+FAR, FAR_NATS, FAR_DEVIATIONS = 0.5, 0.5, 2.0
+FAR_FROM_FIRST, FAR_NATS_FROM_FIRST = 1.0, 2.0
+# Share of a window that may be lower without the loss being down again, and what "on its way back" takes in a window.
+LOWER, WAY_BACK = 0.25, 0.02
+# Other data: at least this share of the documents comes from other sources than before.
+OTHER_DATA = 0.5
 
 
 class Stopped(UserError):
-    """A run that must not go on; `step` is the first that is in doubt."""
+    """A run that must not go on.
 
-    def __init__(self, step: int, what: str, documents: Sequence[str]):
+    Attributes:
+      step: the first that is in doubt, counted from 0.
+      sound: the last number of steps whose parameters are not.
+      documents: of that step.
+    """
+
+    def __init__(self, step: int, sound: int, what: str, documents: Sequence[str]):
         self.step = step
+        self.sound = sound
         self.documents = tuple(documents)
         super().__init__(f"{what}; its documents: {named(documents)}")
 
@@ -32,18 +45,17 @@ class Halted(Stopped):
     """A step whose numbers are not finite; the parameters are those before it."""
 
     def __init__(self, step: int, loss: float, documents: Sequence[str]):
-        super().__init__(step, f"the loss or its gradient is not finite at step {step} (loss {loss})", documents)
+        super().__init__(step, step, f"the loss or its gradient is not finite at step {step} (loss {loss})", documents)
 
 
 class Diverged(Stopped):
-    """A loss that rose and stayed."""
+    """A loss that rose and stayed; the parameters it rose with are in doubt."""
 
-    def __init__(self, step: int, losses: Sequence[float], usual: float, documents: Sequence[str]):
+    def __init__(self, step: int, after: int, level: float, loss: float, documents: Sequence[str]):
         what = (
-            f"the loss has diverged: it rose at step {step} from {usual:.3f} and after {len(losses)} steps it is "
-            f"{statistics.median(losses[-ENOUGH:]):.3f}"
+            f"the loss has diverged: it rose at step {step} from {level:.3f} and after {after} steps it is {loss:.3f}"
         )
-        super().__init__(step, what, documents)
+        super().__init__(step, step - 1, what, documents)
 
 
 def named(documents: Sequence[str]) -> str:
@@ -53,67 +65,138 @@ def named(documents: Sequence[str]) -> str:
 
 
 class LossWatch:
-    """Follows the loss of a run, step by step; its state is plain JSON and goes into checkpoints."""
+    """Follows the loss of a run, step by step; its state is plain JSON and goes into checkpoints.
+
+    What the loss has diverged from is the best that any window of `diverged_after` steps reached, so neither a slow
+    rise nor a long one is forgotten. Only a change of the data lets go of it: other sources, or other shares of them.
+    """
 
     def __init__(self, diverged_after: int, state: dict[str, Any] | None):
         """Starts, or goes on from the `state` of another.
 
         Args:
-          diverged_after: steps that a loss must stay up before the run is stopped; 0 never stops it.
+          diverged_after: steps that a loss must stay far up before the run is stopped; 0 never stops it.
           state: what `state()` returned, or None.
         """
-        state = state or {"start": [], "history": [], "risen": [], "began": -1, "documents": []}
-        self._diverged_after = diverged_after
-        self._start: list[float] = list(state["start"])
-        self._history = collections.deque(state["history"], HISTORY)
-        # The losses since a spike began, the step it began at and that step's documents.
-        self._risen: list[float] = list(state["risen"])
+        state = state or {
+            "history": [],
+            "spiking": False,
+            "level": 0.0,
+            "limit": None,
+            "up": 0,
+            "began": -1,
+            "documents": [],
+            "usual_sources": {},
+            "sources": {},
+        }
+        self._window = diverged_after
+        self._history = collections.deque(state["history"], max(HISTORY, diverged_after))
+        self._spiking: bool = state["spiking"]
+        # The best loss so far, and what is far above it; None before the first step.
+        self._level: float = state["level"]
+        self._limit: float | None = state["limit"]
+        # Steps that the loss has been far up, the first of them and that one's documents.
+        self._up: int = state["up"]
         self._began: int = state["began"]
         self._documents: list[str] = list(state["documents"])
+        # Shares of the sources in the documents before that step, and since.
+        self._usual_sources: dict[str, float] = dict(state["usual_sources"])
+        self._sources: dict[str, float] = dict(state["sources"])
 
     def state(self) -> dict[str, Any]:
         """Returns what another needs to go on."""
         return {
-            "start": self._start,
             "history": list(self._history),
-            "risen": self._risen,
+            "spiking": self._spiking,
+            "level": self._level,
+            "limit": self._limit,
+            "up": self._up,
             "began": self._began,
             "documents": self._documents,
+            "usual_sources": self._usual_sources,
+            "sources": self._sources,
         }
 
+    @property
+    def sound(self) -> int | None:
+        """While the loss is far up, the last number of steps from before; otherwise None."""
+        return self._began - 1 if self._up else None
+
     def see(self, step: int, loss: float, documents: Sequence[str]) -> None:
-        """Takes a step's finite loss; prints a line when a spike begins.
+        """Takes a step's finite loss and the documents of its batch, "source/name"; prints a line when a spike begins.
 
         Raises:
-          Diverged: the loss has stayed up for `diverged_after` steps and is not on its way back.
+          Diverged: the loss has stayed far up for `diverged_after` steps and is not on its way back.
         """
-        if len(self._start) < ENOUGH:
-            self._start.append(loss)
-        if len(self._history) < ENOUGH:
-            self._history.append(loss)
+        self._tell_spike(step, loss, documents)
+        self._history.append(loss)
+        if self._window:
+            self._follow(step, loss, documents)
+
+    def _tell_spike(self, step: int, loss: float, documents: Sequence[str]) -> None:
+        known = list(self._history)[-HISTORY:]
+        if len(known) < ENOUGH:
             return
-        usual = statistics.median(self._history)
-        deviation = 1.4826 * statistics.median(abs(known - usual) for known in self._history)
-        if loss <= usual + max(DEVIATIONS * deviation, LEAST_RISE * usual):
-            self._history.append(loss)
-            self._risen = []
-            return
-        if not self._risen:
-            self._began, self._documents = step, list(documents)
+        usual = statistics.median(known)
+        deviation = 1.4826 * statistics.median(abs(before - usual) for before in known)
+        spiking = loss > usual + max(DEVIATIONS * deviation, LEAST_RISE * usual)
+        if spiking and not self._spiking and not self._up:
             print(
                 f"loss spike at step {step}: {loss:.3f}, usually {usual:.3f}; its documents: {named(documents)}",
                 flush=True,
             )
-        self._risen.append(loss)
-        if self._diverged_after and len(self._risen) == self._diverged_after:
-            self._judge(usual)
+        self._spiking = spiking
 
-    def _judge(self, usual: float) -> None:
-        """Stops the run, or takes the risen loss for the usual one: data that changed is not divergence."""
-        middle = len(self._risen) // 2
-        before, after = statistics.median(self._risen[: middle or 1]), statistics.median(self._risen[middle:])
-        start = statistics.median(self._start)
-        if after > DIVERGED_RISE * max(usual, start) and after >= 0.98 * before:
-            raise Diverged(self._began, self._risen, usual, self._documents)
-        self._history = collections.deque(self._risen, HISTORY)
-        self._risen = []
+    def _follow(self, step: int, loss: float, documents: Sequence[str]) -> None:
+        """Counts the steps that the loss is far up, and judges it once they are enough."""
+        if self._limit is None:
+            self._level, self._limit = loss, loss + max(FAR_FROM_FIRST * loss, FAR_NATS_FROM_FIRST)
+        if not self._up and loss > self._limit:
+            self._began, self._documents, self._sources = step, list(documents), {}
+        if self._up or loss > self._limit:
+            self._up += 1
+            self._sources = _mixed(self._sources, documents, 1 / self._window)
+        else:
+            self._usual_sources = _mixed(self._usual_sources, documents, 1 / self._window)
+        recent = list(self._history)[-self._window :]
+        risen = recent[-self._up :] if self._up else []
+        if sum(loss <= self._limit for loss in risen) > LOWER * len(risen):
+            self._up = 0
+        if self._up >= self._window:
+            self._judge(recent)
+        if len(recent) == self._window:
+            mean, deviation = statistics.fmean(recent), statistics.pstdev(recent)
+            limit = mean + max(FAR * mean, FAR_NATS, FAR_DEVIATIONS * deviation)
+            if limit < self._limit:
+                self._level, self._limit = mean, limit
+
+    def _judge(self, recent: list[float]) -> None:
+        """Stops the run, unless the loss is on its way back or the data is other data, whose loss is its own."""
+        middle = len(recent) // 2
+        before, after = statistics.median(recent[:middle]), statistics.median(recent[middle:])
+        if after < (1 - WAY_BACK) * before:
+            return
+        if _distance(self._usual_sources, self._sources) < OTHER_DATA:
+            raise Diverged(self._began, self._up, self._level, after, self._documents)
+        print(
+            f"the loss has been up since step {self._began}, {after:.3f} where it was {self._level:.3f}; the data "
+            "changed, so this is taken for its usual",
+            flush=True,
+        )
+        self._up, self._usual_sources = 0, self._sources
+        self._limit = float("inf")  # until this window sets it, in the same step
+
+
+def _mixed(shares: Mapping[str, float], documents: Sequence[str], weight: float) -> dict[str, float]:
+    """Returns the shares of the sources, with those in these documents blended in by `weight`."""
+    counts = collections.Counter(name.partition("/")[0] for name in documents if "/" in name)
+    kept = {source: (1 - weight) * share for source, share in shares.items()}
+    return kept | {source: kept.get(source, 0.0) + weight * count / counts.total() for source, count in counts.items()}
+
+
+def _distance(one: Mapping[str, float], other: Mapping[str, float]) -> float:
+    """Returns the share of documents that come from other sources, in [0, 1]; 0 where there are none to compare."""
+    totals = sum(one.values()), sum(other.values())
+    if not all(totals):
+        return 0.0
+    return sum(abs(one.get(name, 0.0) / totals[0] - other.get(name, 0.0) / totals[1]) for name in {*one, *other}) / 2

@@ -143,9 +143,9 @@ def steps(
                     report = progress.report(step, float(rate(step - 1)), packed.rejected, packed.examples)
                     writer.write_scalars(step, report)
                 if step % config.checkpoint_every == 0:
-                    checkpoints.save(step, state, data, progress.state())
+                    checkpoints.save(step, state, data, progress.state(), sound=progress.sound)
         with naming_the_last_checkpoint(checkpoints):
-            checkpoints.save(step, state, data, progress.state())
+            checkpoints.save(step, state, data, progress.state(), sound=progress.sound)
     return state, step == config.steps
 
 
@@ -162,10 +162,13 @@ def stopped_message(stopped: Stopped, checkpoints: Checkpoints) -> UserError:
     """Returns the error that also names the last checkpoint from before the trouble, and those to remove."""
     checkpoints.wait()
     steps = checkpoints.steps()
-    good, later = [step for step in steps if step <= stopped.step], [step for step in steps if step > stopped.step]
-    where = f"the last good checkpoint is {checkpoints.path / str(good[-1])}" if good else "there is no checkpoint yet"
-    if later:
-        where += f" (remove those after it, {', '.join(map(str, later))}, to go on from it)"
+    good, later = [step for step in steps if step <= stopped.sound], [step for step in steps if step > stopped.sound]
+    after = ", ".join(map(str, later))
+    if good:
+        where = f"the last good checkpoint is {checkpoints.path / str(good[-1])}"
+        where += f" (remove those after it, {after}, to go on from it)" if later else ""
+    else:
+        where = f"no checkpoint is from before it{f' ({after} are from after it)' if later else ''}: start again"
     return UserError(f"{stopped}; {where}; lower the learning rate, or look at these documents")
 
 

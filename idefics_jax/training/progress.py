@@ -67,6 +67,11 @@ class Progress:
         """
         return {"interval": self.interval(), "watch": self._watch.state()}
 
+    @property
+    def sound(self) -> int | None:
+        """The last number of steps from before the loss rose far, while it is up, as `interval` last saw it."""
+        return self._watch.sound
+
     def report(
         self, step: int, learning_rate: float, rejected: dict[str, int], examples: dict[str, str]
     ) -> dict[str, float]:

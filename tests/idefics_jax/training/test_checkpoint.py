@@ -56,7 +56,7 @@ def saved(tmp_path):
     checkpoints, iterator = Checkpoints(epath.Path(tmp_path), keep=3), data()
     for step in (1, 2, 3):
         next(iterator)
-        checkpoints.save(step, state(step), iterator, [{"loss": 0.1 * step}])
+        checkpoints.save(step, state(step), iterator, [{"loss": 0.1 * step}], sound=None)
     checkpoints.close()
     return epath.Path(tmp_path)
 
@@ -85,6 +85,22 @@ def test_the_newest_step_comes_back_with_the_datas_position(saved):
     jax.tree.map(np.testing.assert_array_equal, restored, state(3))
     assert element == 3
     assert interval == [{"loss": 0.1 * 3}]
+
+
+def test_the_last_step_from_before_a_doubt_is_kept_until_the_doubt_is_over(tmp_path):
+    checkpoints, iterator = Checkpoints(epath.Path(tmp_path), keep=2), data()
+    for step, sound, wanted in (
+        (1, None, [1]),
+        (2, None, [1, 2]),
+        (3, 1, [1, 2, 3]),
+        (4, 1, [1, 3, 4]),
+        (5, 1, [1, 4, 5]),
+        (6, None, [5, 6]),
+    ):
+        checkpoints.save(step, state(step), iterator, [], sound=sound)
+        checkpoints.wait()
+        assert checkpoints.steps() == wanted
+    checkpoints.close()
 
 
 def test_no_checkpoint_is_no_state(tmp_path):
@@ -147,11 +163,11 @@ def test_a_full_disk_is_a_sentence_and_leaves_the_older_step(tmp_path):
         from tests.idefics_jax.training.test_checkpoint import Counting
         data = Counting()
         state = {"a": jnp.arange(50_000.0) ** 1.5}
-        checkpoints.save(1, state, data, [])
+        checkpoints.save(1, state, data, [], sound=None)
         checkpoints.wait()
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
         try:
-            checkpoints.save(2, state, data, [])
+            checkpoints.save(2, state, data, [], sound=None)
             checkpoints.wait()
         except UserError as error:
             print(error)

@@ -7,9 +7,10 @@ import pytest
 from etils import epath
 
 from idefics_jax.errors import UserError
+from idefics_jax.training.checkpoint import Checkpoints
 from idefics_jax.training.config import TrainConfig
 from idefics_jax.training.divergence import Diverged, Halted, LossWatch
-from idefics_jax.training.loop import train
+from idefics_jax.training.loop import stopped_message, train
 from idefics_jax.training.progress import Progress
 
 NOISE = np.random.default_rng(0).normal(size=2000)
@@ -21,9 +22,9 @@ def falling(steps, start=6.0, end=2.0):
     return (end + (start - end) * np.exp(-6 * time)) * (1 + 0.03 * NOISE[:steps])
 
 
-def follow(watch, losses, first=0):
+def follow(watch, losses, first=0, source="web"):
     for step, loss in enumerate(losses, first):
-        watch.see(step, float(loss), [f"doc {step}"])
+        watch.see(step, float(loss), [f"{source}/file:{step}"])
 
 
 def test_an_ordinary_loss_gives_no_word(capsys):
@@ -37,25 +38,72 @@ def test_a_spike_is_named_once_with_its_documents(capsys):
     follow(LossWatch(50, None), losses)
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("loss spike at step 200: 5.000, usually 2.")
-    assert line.endswith("its documents: doc 200")
+    assert line.endswith("its documents: web/file:200")
 
 
 @pytest.mark.parametrize("rise", [0.0, 0.1])
 def test_a_loss_that_stays_far_up_has_diverged(rise):
     losses = np.concatenate([falling(300), 9.5 + rise * np.arange(60)])
-    with pytest.raises(Diverged, match=r"it rose at step 300 from 2\.\d+ .* its documents: doc 300") as error:
+    with pytest.raises(Diverged, match=r"it rose at step 300 from 2\.\d+ .* its documents: web/file:300") as error:
         follow(LossWatch(50, None), losses)
     assert error.value.step == 300
 
 
-def test_other_data_with_a_higher_loss_is_not_divergence(capsys):
-    easy, hard = falling(300, end=0.3), falling(300, start=4.0)
-    follow(LossWatch(50, None), np.concatenate([easy, hard]))
-    assert len(capsys.readouterr().out.splitlines()) == 1
+NOISY_TWO = 2 + 0.05 * NOISE[:200]
 
 
-def test_a_loss_on_its_way_back_has_not_diverged():
-    follow(LossWatch(50, None), np.concatenate([falling(300), np.linspace(14, 9.2, 50), falling(100)]))
+@pytest.mark.parametrize(
+    ("losses", "began"),
+    [
+        pytest.param(np.concatenate([falling(500, end=0.3), np.full(150, 6.2)]), 500, id="back-to-chance"),
+        pytest.param(np.concatenate([NOISY_TWO, 2 * 1.005 ** np.arange(1400)]), 284, id="half-a-percent-a-step"),
+        pytest.param(np.concatenate([[6.2, 6.5, 8, 12, 20, 30, 45], 60 + NOISE[:80]]), 4, id="before-it-has-learnt"),
+        pytest.param(np.concatenate([NOISY_TWO, np.tile(np.linspace(40, 38, 50), 20)]), 200, id="falls-in-each-window"),
+        pytest.param(np.concatenate([falling(300), 7 * np.exp(0.5 * NOISE[:150])]), 300, id="noisy"),
+    ],
+)
+def test_what_was_learnt_and_lost_is_not_forgotten(losses, began):
+    with pytest.raises(Diverged) as error:
+        follow(LossWatch(50, None), losses)
+    assert abs(error.value.step - began) <= 5
+
+
+@pytest.mark.parametrize("window", [50, 100])
+@pytest.mark.parametrize(
+    "losses",
+    [
+        pytest.param(np.concatenate([np.linspace(6.2, 9, 60), np.linspace(9, 5, 60), falling(800, 5)]), id="warm-up"),
+        pytest.param(np.concatenate([np.linspace(40, 6, 100), falling(500)]), id="large-at-the-start"),
+        pytest.param(falling(2000) * np.exp(0.5 * NOISE), id="small-batches"),
+        pytest.param(np.where(NOISE > 0, 3.0, 0.1), id="easy-and-hard-batches"),
+        pytest.param(0.05 * np.exp(0.7 * NOISE), id="nearly-nothing-left-to-learn"),
+        pytest.param(np.concatenate([falling(300), np.linspace(14, 9.2, 50), falling(100)]), id="on-its-way-back"),
+    ],
+)
+def test_what_only_looks_bad_is_not_divergence(losses, window):
+    follow(LossWatch(window, None), losses)
+
+
+def test_other_sources_with_a_higher_loss_are_not_divergence_and_are_what_is_judged_by_from_then_on(capsys):
+    watch = LossWatch(50, None)
+    follow(watch, falling(300, end=0.3), source="easy")
+    follow(watch, falling(300, start=4.0), first=300, source="hard")
+    assert "since step 300, 2.0" in capsys.readouterr().out
+    with pytest.raises(Diverged, match=r"rose at step 600 from (1\.9|2\.0)\d+ and after 50 steps it is 9.000"):
+        follow(watch, np.full(60, 9.0), first=600, source="hard")
+
+
+@pytest.mark.parametrize(("hard_before", "hard_after", "stops"), [(1, 9, False), (1, 2, True)])
+def test_other_shares_of_the_same_sources_count_as_other_data(hard_before, hard_after, stops):
+    watch = LossWatch(50, None)
+    for step in range(400):
+        hard = hard_before if step < 200 else hard_after
+        documents = ["hard/file:1"] * hard + ["easy/file:1"] * (10 - hard)
+        if stops and step == 249:
+            with pytest.raises(Diverged):
+                watch.see(step, 2.5, documents)
+            return
+        watch.see(step, 0.4 if step < 200 else 2.5, documents)
 
 
 def test_without_a_limit_nothing_is_stopped():
@@ -90,21 +138,36 @@ def test_a_skipped_step_is_named_once_and_stays_out_of_the_watch(capsys):
     progress = Progress(10, 0, None)
     progress.add(metrics(3, "nan", skipped=True), ("bad/0", "bad/1"), 0.0)
     for _ in range(2):
-        assert progress.state()["watch"]["start"] == []
+        assert progress.state()["watch"]["history"] == []
     assert capsys.readouterr().out == "step 3 is not finite and was skipped; its documents: bad/0, bad/1\n"
 
 
-def test_a_run_with_a_learning_rate_that_diverges_is_stopped_and_names_the_checkpoint_before(values, tmp_path):
-    values |= {"steps": 150, "log_every": 10, "checkpoint_every": 10, "keep_checkpoints": 50, "diverged_after": 20}
-    values["optimizer"] |= {"learning_rate": 30.0, "schedule": "constant", "warmup_steps": 100}
+def test_a_run_with_a_learning_rate_that_diverges_is_stopped_and_its_last_good_checkpoint_is_there(values, tmp_path):
+    """Checkpoints come so often that those kept were all written while the loss was already up."""
+    values |= {"steps": 150, "log_every": 10, "checkpoint_every": 10, "keep_checkpoints": 2, "diverged_after": 40}
+    values["optimizer"] |= {"learning_rate": 3.0, "schedule": "constant", "warmup_steps": 100}
     with pytest.raises(UserError) as error:
         train(TrainConfig.from_config_dict(values), values, epath.Path(tmp_path))
     message = str(error.value)
     assert "the loss has diverged: it rose at step " in message, message
     step = int(message.split("it rose at step ")[1].split()[0])
-    good = int(message.split("last good checkpoint is ")[1].split()[0].rstrip(";").rpartition("/")[2])
-    assert step - 10 < good <= step
+    good = epath.Path(message.split("last good checkpoint is ")[1].split()[0])
+    assert step - 10 <= int(good.name) < step
+    left = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    assert left[0] == int(good.name)
+    assert f"remove those after it, {left[1]}, {left[2]}, to go on" in message
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     for part in ("vision_model", "connector", "text_model"):
         assert lines[-1][f"train/grad_norm/{part}"] > 0
         assert lines[-1][f"train/update_norm/{part}"] > 0
+
+
+def test_without_a_checkpoint_from_before_the_message_says_so(tmp_path):
+    checkpoints = Checkpoints(epath.Path(tmp_path), keep=2)
+    stopped = Diverged(8, 40, 6.0, 60.0, ["web/file:8"])
+    assert "no checkpoint is from before it: start again;" in str(stopped_message(stopped, checkpoints))
+    for step in (8, 16):
+        (checkpoints.path / str(step)).mkdir()
+    message = str(stopped_message(stopped, checkpoints))
+    assert "no checkpoint is from before it (8, 16 are from after it): start again;" in message
+    checkpoints.close()
