@@ -44,16 +44,13 @@ MERGE = "export the merged model with to-hf instead"
 # say nothing about it, and any that is set is refused.
 READ = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "lora_dropout", "use_dora", "use_rslora", "peft_type"}
 READ |= {"target_modules", "trainable_token_indices", "modules_to_save"}
-HARMLESS = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "inference_mode",
-    "init_lora_weights",
-    "peft_version",
-    "revision",
-}
+READ |= {"init_lora_weights"}
+HARMLESS = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"}
 HARMLESS |= {"task_type", "megatron_core", "qalora_group_size", "exclude_modules", "layers_to_transform"}
 HARMLESS |= {"layers_pattern", "runtime_config", "ensure_weight_tying"}
+# Starts of an adapter that leave the base as it is; the others (PiSSA, OLoRA, CorDA, LoftQ) move a part of it into the
+# adapter, so that the file means nothing beside the base that it names.
+STARTS_BESIDE_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,8 +240,15 @@ def _read_settings(path: epath.Path) -> dict[str, Any]:
         settings = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}); give a folder that PEFT saved") from error
-    if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
-        raise UserError(f"{path}: peft_type is {dict(settings).get('peft_type')!r}; only LORA can be read")
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} holds a {type(settings).__name__} and no settings; give a folder that PEFT saved")
+    if settings.get("peft_type") != "LORA":
+        raise UserError(f"{path}: peft_type is {settings.get('peft_type')!r}; only LORA can be read")
+    if settings.get("init_lora_weights") not in STARTS_BESIDE_THE_BASE:
+        raise UserError(
+            f"{path}: init_lora_weights is {settings['init_lora_weights']!r}, which changes the base model too; save "
+            "the adapter again with PEFT's path_initial_model_for_weight_conversion, which makes it plain LoRA"
+        )
     for name, value in settings.items():
         if name not in READ | HARMLESS and value not in (None, False, {}, [], "none", "megatron.core"):
             raise UserError(

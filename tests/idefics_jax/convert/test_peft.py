@@ -114,6 +114,27 @@ def test_we_load_what_peft_writes(twin, documents, dora, rslora, tmp_path):
     assert_close(merged_logits(twin, adapter.merge(twin.params), documents), theirs, WHOLE)
 
 
+def test_an_adapter_that_changed_its_base_is_read_once_peft_has_converted_it(twin, documents, tmp_path):
+    config = peft.LoraConfig(r=2, lora_alpha=4, init_lora_weights="pissa", target_modules=["q_proj", "down_proj"])
+    model = peft.get_peft_model(reference.twin().hf, config).eval()
+    model.peft_config["default"].init_lora_weights = True  # as peft's own recipe saves the start
+    model.save_pretrained(tmp_path / "start")
+    model.peft_config["default"].init_lora_weights = "pissa"
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_" in name:
+                weight.add_(0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(weight.numel())))
+        inputs = reference.hf_inputs(documents)
+        logits = model(**inputs).logits.numpy()
+    theirs = [row[mask == 1] for row, mask in zip(logits, inputs["attention_mask"].numpy(), strict=True)]
+    model.save_pretrained(tmp_path / "moved")
+    with pytest.raises(UserError, match="init_lora_weights is 'pissa', which changes the base model too"):
+        load_adapter(tmp_path / "moved", twin.config)
+    model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path / "start")
+    adapter = load_adapter(tmp_path / "plain", twin.config)
+    assert_close(merged_logits(twin, adapter.merge(twin.params), documents), theirs, WHOLE)
+
+
 def test_a_part_trained_in_full_is_saved_whole(twin, documents, tmp_path):
     targets = spec(False)[:3]
     adapters = adapters_for(twin.params, targets)
@@ -182,8 +203,13 @@ Q = f"{PREFIX}model.text_model.layers.1.self_attn.q_proj"
         (lambda f: change_settings(f, peft_type="IA3"), "peft_type is 'IA3'; only LORA"),
         (lambda f: change_settings(f, bias="all"), "bias is 'all', which is not supported"),
         (lambda f: change_settings(f, use_qalora=True), "use_qalora is True, which is not supported"),
+        (
+            lambda f: change_settings(f, init_lora_weights="pissa_niter_16"),
+            "init_lora_weights is 'pissa_niter_16', which changes the base model too; .*path_initial_model",
+        ),
         (lambda f: change_settings(f, r=0), "r is 0; it must be a positive number"),
         (lambda f: (f / CONFIG).write_text("{"), "cannot be read as JSON"),
+        (lambda f: (f / CONFIG).write_text("[1]"), "holds a list and no settings"),
         (lambda f: (f / WEIGHTS).unlink(), "has no adapter_model.safetensors; .*pickles are not read"),
         (lambda f: change_tensors(f, lambda t: t.pop(f"{Q}.lora_B.weight")), "lacks .*layers.1.*q_proj.lora_B.weight"),
         (
