@@ -1,7 +1,7 @@
 """Checkpoints of a run: the state, the data's position and a fingerprint, written by Orbax in the background.
 
     workdir/checkpoints/<step>/{state, data, meta}     newest `keep` steps, and one from before a doubt
-    workdir/frozen/, frozen.fingerprint.json           frozen parameters, once
+    workdir/frozen/                                    frozen parameters, once; every step's meta has their fingerprint
 
 A restore takes the newest step whose fingerprint is right, onto whatever mesh is current; a damaged step is set
 aside as `<step>.damaged`, never deleted.
@@ -9,7 +9,6 @@ aside as `<step>.damaged`, never deleted.
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -23,8 +22,6 @@ from idefics_jax import full_disk
 from idefics_jax.errors import UserError
 from idefics_jax.fingerprint import changed, fingerprint
 from idefics_jax.training.data_position import RestorePosition, SavePosition
-
-_FROZEN_FINGERPRINT = "frozen.fingerprint.json"
 
 
 @dataclasses.dataclass
@@ -43,10 +40,12 @@ class _Kept(ocp.checkpoint_managers.PreservationPolicy):
 
 
 class Checkpoints:
-    """The checkpoints under `workdir`."""
+    """The checkpoints under `workdir`, and the frozen parameters beside them."""
 
     def __init__(self, workdir: epath.Path, *, keep: int):
         self.path = workdir / "checkpoints"
+        self._frozen_path = workdir / "frozen"
+        self._frozen: dict[str, int] = {}  # their fingerprint
         self._kept = _Kept(keep)
         full_disk.say_once()
         self._manager = self._open()
@@ -89,7 +88,9 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state),
                     data=SavePosition(data),
-                    meta=ocp.args.JsonSave({"fingerprint": fingerprint(state), "progress": progress}),
+                    meta=ocp.args.JsonSave(
+                        {"fingerprint": fingerprint(state), "frozen": self._frozen, "progress": progress}
+                    ),
                 ),
             )
 
@@ -121,6 +122,33 @@ class Checkpoints:
             raise UserError(f"none of the checkpoints {steps} in {self.path} is intact; start again in another workdir")
         return None
 
+    def save_frozen(self, frozen: Any) -> None:
+        """Saves the frozen parameters of a new run, in the place of those that an earlier one left."""
+        if not frozen:
+            return
+        self._frozen = fingerprint(frozen)
+        with _saying_what_failed(self._frozen_path, lambda: None), ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(self._frozen_path, frozen, force=True)
+
+    def load_frozen(self, abstract_frozen: Any) -> Any:
+        """Restores what `save_frozen` wrote, onto the shardings of `abstract_frozen`; after `restore`.
+
+        Raises:
+          UserError: they are not those of the checkpoint that was restored.
+        """
+        if not abstract_frozen:
+            return {}
+        path = self._frozen_path
+        with ocp.StandardCheckpointer() as checkpointer:
+            frozen = checkpointer.restore(path, abstract_frozen)
+        damaged = changed(frozen, self._frozen)
+        if damaged:
+            raise UserError(
+                f"{path} is damaged, or of another run: {damaged[0]} and {len(damaged) - 1} more leaves are not what "
+                "was saved; put the folder back from a copy, or start again in another workdir"
+            )
+        return frozen
+
     def _read(self, step: int, abstract_state: Any, data: grain.DatasetIterator) -> tuple[Any, dict[str, Any]]:
         restored = self._manager.restore(
             step,
@@ -130,6 +158,7 @@ class Checkpoints:
         if damaged:
             raise ValueError(f"{damaged[0]} and {len(damaged) - 1} more leaves are not what was saved")
         self._manager.restore(step, args=ocp.args.Composite(data=RestorePosition(data)))
+        self._frozen = restored.meta["frozen"]
         return restored.state, restored.meta["progress"]
 
     def _set_aside(self, step: int) -> None:
@@ -145,39 +174,6 @@ class Checkpoints:
     def close(self) -> None:
         self.wait()
         self._manager.close()
-
-
-def save_frozen(workdir: epath.Path, frozen: Any) -> None:
-    """Saves the frozen parameters and their fingerprint, unless they are there already."""
-    path = workdir / "frozen"
-    if not frozen or path.exists():
-        return
-    told = json.dumps(fingerprint(frozen), indent=2)
-    if jax.process_index() == 0:
-        (workdir / _FROZEN_FINGERPRINT).write_text(told + "\n")  # first: the folder is renamed into place once whole
-    full_disk.say_once()
-    with _saying_what_failed(path, lambda: None), ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path, frozen)
-
-
-def load_frozen(workdir: epath.Path, abstract_frozen: Any) -> Any:
-    """Restores what `save_frozen` wrote, onto the shardings of `abstract_frozen`.
-
-    Raises:
-      UserError: they are not what was saved.
-    """
-    if not abstract_frozen:
-        return {}
-    path = workdir / "frozen"
-    with ocp.StandardCheckpointer() as checkpointer:
-        frozen = checkpointer.restore(path, abstract_frozen)
-    damaged = changed(frozen, json.loads((workdir / _FROZEN_FINGERPRINT).read_text()))
-    if damaged:
-        raise UserError(
-            f"{path} is damaged: {damaged[0]} and {len(damaged) - 1} more leaves are not what was saved; put the "
-            "folder back from a copy, or start again in another workdir"
-        )
-    return frozen
 
 
 def with_shardings(shapes: Any, shardings: Any) -> Any:

@@ -19,7 +19,7 @@ from idefics_jax.errors import UserError
 from idefics_jax.model import ADAPTER_IN_WORKDIR
 from idefics_jax.param_transforms.partition import combine
 from idefics_jax.settings import differences
-from idefics_jax.training.checkpoint import Checkpoints, load_frozen, save_frozen
+from idefics_jax.training.checkpoint import Checkpoints
 from idefics_jax.training.config import FREE_ON_RESUME, TrainConfig
 from idefics_jax.training.curves import draw_curves
 from idefics_jax.training.divergence import Stopped
@@ -102,12 +102,12 @@ def start(
     print(run.table, flush=True)
     restored = checkpoints.restore(run.abstract_state, data)
     if restored is None:
-        save_frozen(workdir, frozen)
+        checkpoints.save_frozen(frozen)
         print(f"new run in {workdir}: {run.config.steps} steps", flush=True)
         return run.new_state(trainable), frozen, None
     state, before = restored
     print(f"resumed after step {int(state['step'])} from {checkpoints.path}", flush=True)
-    return state, load_frozen(workdir, run.abstract_frozen), before
+    return state, checkpoints.load_frozen(run.abstract_frozen), before
 
 
 def steps(

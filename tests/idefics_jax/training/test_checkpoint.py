@@ -17,7 +17,7 @@ from idefics_jax import sharding
 from idefics_jax.errors import UserError
 from idefics_jax.fingerprint import fingerprint
 from idefics_jax.full_disk import check_room
-from idefics_jax.training.checkpoint import Checkpoints, load_frozen, save_frozen
+from idefics_jax.training.checkpoint import Checkpoints
 
 
 def state(seed: float) -> dict:
@@ -122,24 +122,61 @@ def test_nothing_intact_is_an_error_that_says_so(saved):
         restore(saved)
 
 
-def test_frozen_parameters_are_saved_once_and_come_back(tmp_path):
-    workdir, frozen = epath.Path(tmp_path), {"a": {"kernel": jnp.arange(4.0)}}
-    save_frozen(workdir, frozen)
-    save_frozen(workdir, {"a": {"kernel": jnp.zeros(4)}})
-    back = load_frozen(workdir, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), frozen))
-    np.testing.assert_array_equal(back["a"]["kernel"], frozen["a"]["kernel"])
-    assert load_frozen(workdir, {}) == {}
+FROZEN = {"a": {"kernel": jnp.arange(5000.0) ** 1.5}}
+
+
+def abstract_frozen():
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), FROZEN)
+
+
+def run_with_frozen(workdir):
+    """A run of one checkpoint, with frozen parameters."""
+    checkpoints = Checkpoints(workdir, keep=3)
+    checkpoints.save_frozen(FROZEN)
+    checkpoints.save(1, state(1), data(), [], sound=None)
+    checkpoints.close()
+
+
+def resumed(workdir):
+    checkpoints = Checkpoints(workdir, keep=3)
+    checkpoints.restore(abstract(), data())
+    return checkpoints
+
+
+def test_frozen_parameters_come_back_and_stay_known_in_later_checkpoints(tmp_path):
+    run_with_frozen(epath.Path(tmp_path))
+    for step in (2, 3):
+        checkpoints = resumed(epath.Path(tmp_path))
+        np.testing.assert_array_equal(checkpoints.load_frozen(abstract_frozen())["a"]["kernel"], FROZEN["a"]["kernel"])
+        assert checkpoints.load_frozen({}) == {}
+        checkpoints.save(step, state(step), data(), [], sound=None)
+        checkpoints.close()
+
+
+def test_a_new_run_replaces_the_frozen_parameters_that_an_earlier_one_left(tmp_path):
+    Checkpoints(epath.Path(tmp_path), keep=3).save_frozen({"a": {"kernel": jnp.zeros(5000)}})
+    run_with_frozen(epath.Path(tmp_path))
+    frozen = resumed(epath.Path(tmp_path)).load_frozen(abstract_frozen())
+    np.testing.assert_array_equal(frozen["a"]["kernel"], FROZEN["a"]["kernel"])
+
+
+def test_frozen_parameters_of_another_run_are_named(tmp_path):
+    run_with_frozen(epath.Path(tmp_path / "run"))
+    Checkpoints(epath.Path(tmp_path / "other"), keep=3).save_frozen({"a": {"kernel": jnp.zeros(5000)}})
+    shutil.rmtree(tmp_path / "run" / "frozen")
+    (tmp_path / "other" / "frozen").rename(tmp_path / "run" / "frozen")
+    with pytest.raises(UserError, match=r"frozen is damaged, or of another run: \['a'\]\['kernel'\]"):
+        resumed(epath.Path(tmp_path / "run")).load_frozen(abstract_frozen())
 
 
 def test_damaged_frozen_parameters_are_named(tmp_path):
-    workdir, frozen = epath.Path(tmp_path), {"a": {"kernel": jnp.arange(5000.0) ** 1.5}}
-    save_frozen(workdir, frozen)
+    run_with_frozen(epath.Path(tmp_path))
     path = max((p for p in (tmp_path / "frozen").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4
     path.write_bytes(bytes(content))
-    with pytest.raises(UserError, match=r"frozen is damaged: \['a'\]\['kernel'\]"):
-        load_frozen(workdir, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), frozen))
+    with pytest.raises(UserError, match=r"frozen is damaged, or of another run: \['a'\]\['kernel'\]"):
+        resumed(epath.Path(tmp_path)).load_frozen(abstract_frozen())
 
 
 def test_fingerprint_sees_changes_and_swaps_but_not_the_mesh():
