@@ -65,7 +65,9 @@ def train(config: TrainConfig, values: dict[str, Any], workdir: epath.Path) -> N
 
 
 def check_same_run(values: dict[str, Any], workdir: epath.Path) -> None:
-    """Compares the settings with those of the run that a work directory holds, if it holds one.
+    """Compares the settings with those of the run that a work directory holds, if it has a checkpoint or a model.
+
+    What a run left that was refused or killed before its first checkpoint binds nobody; the next one writes over it.
 
     Raises:
       UserError: `workdir` is a file, or settings that change what is learnt differ.
@@ -73,7 +75,8 @@ def check_same_run(values: dict[str, Any], workdir: epath.Path) -> None:
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir {workdir} is a file; give a folder, it is made if it is missing")
     path = workdir / RUN_FILE
-    if not path.exists():
+    held = [*(workdir / "checkpoints").glob("*"), *workdir.glob("model")]
+    if not held or not path.exists():
         return
     lines = differences(json.loads(path.read_text()), json.loads(json.dumps(values)))
     changed = [line for line in lines if line.split(":")[0] not in FREE_ON_RESUME]
@@ -85,7 +88,7 @@ def check_same_run(values: dict[str, Any], workdir: epath.Path) -> None:
 
 
 def record_run(values: dict[str, Any], workdir: epath.Path) -> None:
-    """Keeps the settings beside a run; only once they have been used, so a refused start leaves nothing behind."""
+    """Keeps the settings beside a run."""
     aside = workdir / f"{RUN_FILE}.tmp"
     aside.write_text(json.dumps(values, indent=2))
     aside.replace(workdir / RUN_FILE)

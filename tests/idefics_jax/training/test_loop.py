@@ -116,6 +116,8 @@ def test_another_config_in_the_same_folder_is_refused_with_the_keys(tmp_path):
     old = {"steps": 10, "log_every": 5, "optimizer": {"learning_rate": 1e-3}}
     check_same_run(old, workdir)
     record_run(old, workdir)
+    check_same_run({**old, "steps": 1}, workdir)
+    (workdir / "checkpoints" / "5").mkdir(parents=True)
     check_same_run({**old, "log_every": 1}, workdir)
     with pytest.raises(UserError, match=r"other settings \(optimizer.learning_rate: 0.001 -> 0.1; steps: 10 -> 20\)"):
         check_same_run({"steps": 20, "log_every": 5, "optimizer": {"learning_rate": 0.1}}, workdir)
@@ -141,6 +143,17 @@ def test_settings_that_do_not_fit_are_refused(values, change, message, tmp_path)
     with pytest.raises(UserError, match=message):
         run({**values, **change}, tmp_path)
     assert not (tmp_path / RUN_FILE).exists(), "a refused start leaves the folder free for the corrected command"
+
+
+def test_a_start_refused_at_the_first_batch_leaves_the_folder_free_for_the_corrected_command(
+    values, unbroken, tmp_path
+):
+    right = values["data"]["shape"]["patches"]
+    values["data"]["shape"]["patches"] = 3
+    with pytest.raises(UserError, match="data.shape.patches"):
+        run(values, tmp_path)
+    values["data"]["shape"]["patches"] = right
+    assert run(values, tmp_path)[0] == unbroken[0]
 
 
 def test_a_work_directory_that_is_a_file_is_refused(values, tmp_path):
