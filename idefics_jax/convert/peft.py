@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 from etils import epath
@@ -24,7 +25,7 @@ from idefics_jax.convert.hf_folder import LazyTensor, open_safetensors
 from idefics_jax.convert.rules import TRANSPOSE, Leaf, leaves
 from idefics_jax.convert.staging import staged
 from idefics_jax.errors import UserError
-from idefics_jax.param_transforms import lora, new_rows, paths
+from idefics_jax.param_transforms import lora, new_rows, paths, quantize
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -91,7 +92,7 @@ def save_adapter(
       adapters: adapters, unscaled.
       spec: their targets. Where dropouts differ the largest is written; it matters to further training alone.
       trained: parameters that trained beside them, nested.
-      params: all parameters, nested: a module of which some trained is saved whole.
+      params: all parameters, nested: a module of which some trained is saved whole, its int8 kernels multiplied out.
       config: the model.
       base: path or name of the base model, for `base_model_name_or_path`.
 
@@ -105,9 +106,12 @@ def save_adapter(
     settings = _settings(chosen, adapters, config)
     settings |= {"base_model_name_or_path": base, "modules_to_save": [WHOLE_MODULES[name] for name in modules] or None}
     tensors = {PREFIX + name: array for name, array in _tensors(adapters, config)}
+    inside = tuple(f"{name}/" for name in modules)
+    whole = {path: leaf for path, leaf in paths.flatten(params).items() if path.startswith(inside)}
+    whole = paths.flatten(quantize.dequantize(paths.unflatten(whole), jnp.float32))
     for leaf in leaves(config):
-        if leaf.rule.ours.startswith(tuple(f"{name}/" for name in modules)):
-            tensors |= {PREFIX + n: x for n, x in _layers(leaf, paths.flatten(params)[leaf.rule.ours], leaf.rule.op)}
+        if leaf.rule.ours in whole:
+            tensors |= {PREFIX + n: x for n, x in _layers(leaf, whole[leaf.rule.ours], leaf.rule.op)}
     with staged(folder, replace=True) as aside:
         if jax.process_index() == 0:
             (aside / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")

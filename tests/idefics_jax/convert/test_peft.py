@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from idefics_jax.convert import hf
 from idefics_jax.convert.peft import CONFIG, PREFIX, WEIGHTS, load_adapter, save_adapter
 from idefics_jax.errors import UserError
-from idefics_jax.param_transforms import lora, new_rows, partition, paths
+from idefics_jax.param_transforms import lora, new_rows, partition, paths, quantize
 from tests.idefics_jax import reference
 from tests.idefics_jax.reference import WHOLE, assert_close
 
@@ -151,6 +151,19 @@ def test_a_part_trained_in_full_is_saved_whole(twin, documents, tmp_path):
     save_adapter(tmp_path / "b", adapters, targets, only_projection, params, twin.config, base=None)
     saved = {name for name in load_file(tmp_path / "b" / WEIGHTS) if "lora" not in name}
     assert saved == {f"{PREFIX}model.connector.modality_projection.{x}_proj.weight" for x in ("gate", "up", "down")}
+
+
+def test_a_quantised_part_is_saved_multiplied_out(twin, documents, tmp_path):
+    targets = spec(False)[:1]
+    adapters = adapters_for(twin.params, targets)
+    projection = {"connector": {"modality_projection": {"gate_proj": {"kernel": 1}}}}
+    params = quantize.quantize(
+        twin.params, ("connector/modality_projection/(up|down)_proj", "text_model/layers/mlp/.*")
+    )
+    save_adapter(tmp_path / "a", adapters, targets, projection, params, twin.config, base=None)
+    held = quantize.dequantize(quantize.quantize(twin.params, ("connector/modality_projection/(up|down)_proj",)), "f4")
+    ours = merged_logits(twin, lora.merge(held, adapters, targets), documents)
+    assert_close(ours, peft_logits(twin, tmp_path / "a", documents), WHOLE)
 
 
 def test_gradients_of_dora_equal_pefts_through_the_whole_model(twin, documents, tmp_path):
