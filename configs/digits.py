@@ -44,7 +44,7 @@ def get_config(adaptation: str = "full") -> ConfigDict:
     config.dtype = "float32"
     config.frozen_dtype = "float32"
     config.remat = "none"
-    config.loss_chunk = 256
+    config.loss_chunk = 64  # of 256 tokens: 2 % slower than all logits at once
     config.accumulation = 1
     config.partition = (
         # pattern, state, factor of the learning rate, weight decay

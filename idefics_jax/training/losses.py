@@ -25,13 +25,14 @@ def next_token_loss(
       tokens: int32 [B, T]; position t is scored on tokens[t + 1].
       loss_weights: float32 [B, T], weight of that score (batch.py).
       logits: [B, chunk, D] and the chunk's number, int32 [] -> float32 [B, chunk, V].
-      chunk: positions scored at once; T is padded up to a multiple.
+      chunk: positions scored at once; T is padded up to a multiple. From T on, all logits exist at once.
 
     Returns:
       Float32 sums over the batch: "loss" (nats, weighted), "correct" (weighted top-1 hits), "weight".
     """
     targets = jnp.roll(tokens, -1, axis=1)
     length = tokens.shape[1]
+    chunk = min(chunk, length)
     chunks = -(-length // chunk)
 
     def split(x: jax.Array) -> jax.Array:

@@ -53,6 +53,16 @@ def test_a_head_is_told_which_chunk_it_scores():
     np.testing.assert_allclose(by_chunk["loss"], wanted["loss"], rtol=1e-5)
 
 
+def test_a_chunk_above_the_length_costs_no_more_than_the_length():
+    (hidden, kernel, weights), tokens = inputs()
+
+    def flops(chunk):
+        loss = jax.jit(lambda h, k: chunked(h, k, weights, tokens, chunk)["loss"])
+        return loss.lower(hidden, kernel).compile().cost_analysis()["flops"]
+
+    assert flops(8 * T) == flops(T)
+
+
 def test_logits_of_the_whole_batch_are_never_formed():
     (hidden, kernel, weights), tokens = inputs()
     grad = jax.jit(jax.grad(lambda h, k: chunked(h, k, weights, tokens, 5)["loss"], (0, 1)))
