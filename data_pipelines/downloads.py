@@ -155,7 +155,9 @@ def _image_column(file: pq.ParquetFile, path: str) -> str | None:
 
 
 def _in_parquet(file: pq.ParquetFile, column: str) -> Iterator[_Found]:
-    names = [name for name in ("url", "status", "sha256") if name in file.schema_arrow.names]
+    schema = file.schema_arrow
+    text = {field.name for field in schema if parquet.reads_as(field.type, pa.string())}
+    names = [name for name in ("url", "status", "sha256") if name in text]
     for group in range(file.num_row_groups):
         table = file.read_row_group(group, columns=names)
         columns = {name: table.column(name).to_pylist() for name in names}
