@@ -21,6 +21,8 @@ DEFAULT_TEXT = {"max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "pad_tok
 ACTIVATIONS = ("gelu_pytorch_tanh", "gelu", "silu", "relu")
 # Read from the file, but only ever with the one value this port computes.
 FIXED = {"attention_dropout": 0.0}
+# Read, and kept in `extra`, without a field of their own.
+WITHOUT_FIELD = (*FIXED, "model_type", "num_channels", "quantization_config", "rope_parameters", "rope_scaling")
 
 
 class ConfigError(UserError):

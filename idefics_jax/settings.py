@@ -8,7 +8,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from idefics_jax.errors import UserError
@@ -26,11 +26,7 @@ def build(cls: type, values: Mapping[str, Any], where: str) -> Any:
       UserError: a missing, unknown or mistyped field, or one that the dataclass refuses.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    for name in values:
-        if name not in fields:
-            close = difflib.get_close_matches(name, fields, 1)
-            hint = f"did you mean {close[0]!r}?" if close else f"the fields are {', '.join(fields)}"
-            raise UserError(f"{where}.{name} is not a setting; {hint}")
+    check_names(values, fields, where)
     hints = typing.get_type_hints(cls)
     arguments = {}
     for name, field in fields.items():
@@ -44,6 +40,16 @@ def build(cls: type, values: Mapping[str, Any], where: str) -> Any:
         raise
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def check_names(names: Iterable[str], known: Iterable[str], where: str) -> None:
+    """Raises UserError for a name that is not known, with the nearest that is; `where` stands before it."""
+    known = list(known)
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"the fields are {', '.join(known)}"
+            raise UserError(f"{where}.{name} is not a setting; {hint}")
 
 
 def _convert(kind: Any, value: Any, where: str) -> Any:

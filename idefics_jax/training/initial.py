@@ -10,15 +10,14 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from idefics_jax import sharding
-from idefics_jax.config import Idefics2Config
+from idefics_jax import settings, sharding
+from idefics_jax.config import PARTS, WITHOUT_FIELD, Idefics2Config
 from idefics_jax.convert.parts import open_part, read_sizes
 from idefics_jax.errors import UserError
 from idefics_jax.model import find_model, load, place
 from idefics_jax.param_transforms import new_rows, partition, paths, positions, vocabulary
 from idefics_jax.param_tree import boxed_params, param_shapes, param_shardings
 from idefics_jax.processor import Processor
-from idefics_jax.settings import differences
 from idefics_jax.training.config import TrainConfig
 
 # Sources that write `<end_of_utterance>`; the others do without its row, as the paper's pretraining does.
@@ -54,8 +53,16 @@ def model_config(config: TrainConfig, processor: Processor) -> Idefics2Config:
 
 
 def from_sections(config: TrainConfig, *, image_token_id: int) -> Idefics2Config:
-    """Returns the sizes that the config's `model` section tells; the id is used where it tells none."""
-    return Idefics2Config.from_hf({"image_token_id": image_token_id, **config.model, "model_type": "idefics2"})
+    """Returns the sizes that the config's `model` section tells; the id is used where it tells none.
+
+    Raises:
+      UserError: a name in it is not read, or `Idefics2Config.from_hf` refuses a value.
+    """
+    sizes = Idefics2Config.from_hf({"image_token_id": image_token_id, **config.model, "model_type": "idefics2"})
+    for where, part in (("config.model", sizes), *((f"config.model.{name}", getattr(sizes, name)) for name in PARTS)):
+        fields = [field.name for field in dataclasses.fields(part) if field.name != "extra"]
+        settings.check_names(sorted(set(part.extra) - set(WITHOUT_FIELD)), fields, where)
+    return sizes
 
 
 def check_processor(config: TrainConfig, sizes: Idefics2Config, processor: Processor) -> None:
@@ -161,7 +168,7 @@ def check_start(config: TrainConfig, start: Idefics2Config, sizes: Idefics2Confi
     ):
         if ours != wanted and not allowed:
             raise UserError(f"the weights of {where} have {ours} {noun} and the model {wanted}; {mend}")
-    other = differences(_sizes(start), _sizes(sizes))
+    other = settings.differences(_sizes(start), _sizes(sizes))
     if other:
         raise UserError(
             f"the weights of {where} are not of the sizes of config.model ({'; '.join(other)}); correct the config"

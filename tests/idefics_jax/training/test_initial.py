@@ -14,7 +14,7 @@ from idefics_jax.convert.orbax import load_model, save_model
 from idefics_jax.errors import UserError
 from idefics_jax.param_transforms import paths, positions
 from idefics_jax.training.config import TrainConfig
-from idefics_jax.training.initial import initial_params, load_processor, model_config
+from idefics_jax.training.initial import from_sections, initial_params, load_processor, model_config
 
 EMBEDDING, HEAD = "text_model/embed_tokens/embedding", "text_model/lm_head/kernel"
 OWN_POSITIONS, OWN_VOCABULARY = 5, 390
@@ -157,3 +157,26 @@ def test_sizes_in_the_config_are_held_against_another_run_s(values, pretrained):
     values["model"]["text_config"]["num_hidden_layers"] = 3
     with pytest.raises(UserError, match=r"config.model \(text_config.num_hidden_layers: 2 -> 3\)"):
         start(values)
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "message"),
+    [
+        ("text_config", "num_hidden_layer", "config.model.text_config.num_hidden_layer .* did you mean 'num_hidden_la"),
+        ("text_config", "sliding_windw", "config.model.text_config.sliding_windw .* did you mean 'sliding_window'"),
+        ("vision_config", "img_size", "config.model.vision_config.img_size .* did you mean 'image_size'"),
+        (None, "perceiver_confg", "config.model.perceiver_confg is not a setting; did you mean 'perceiver_config'"),
+    ],
+)
+def test_a_misspelt_size_is_refused_by_name(values, section, name, message):
+    group = values["model"][section] if section else values["model"]
+    group[name] = 8
+    with pytest.raises(UserError, match=message):
+        from_sections(TrainConfig.from_config_dict(values), image_token_id=1)
+
+
+def test_sections_of_a_config_json_that_are_read_without_a_field_are_allowed(values):
+    values["model"]["text_config"] |= {"model_type": "mistral", "attention_dropout": 0.0}
+    values["model"]["text_config"]["rope_parameters"] = {"rope_type": "default", "rope_theta": 500.0}
+    sizes = from_sections(TrainConfig.from_config_dict(values), image_token_id=1)
+    assert sizes.text_config.rope_theta == 500.0
