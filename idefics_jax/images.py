@@ -118,7 +118,7 @@ def image_patches(
     pieces = _pieces(*decoding.upright_size(image), rules, upscale)
     places = [None] * len(pieces) if out is None else out
     return [
-        _cut(pixels, rules.patch_size, place)
+        cut(pixels, rules.patch_size, place)
         for pixels, place in zip(_resized_pieces(data, image, pieces, rules.resizer), places, strict=True)
     ]
 
@@ -172,7 +172,7 @@ def _pieces(width: int, height: int, rules: ImageRules, upscale: float) -> list[
     if rules.split:
         (left, right), (top, bottom) = _halves(width), _halves(height)
         boxes = [(x[0], y[0], x[1], y[1]) for y in (top, bottom) for x in (left, right)] + boxes
-    return [(box, _resized(box[2] - box[0], box[3] - box[1], rules, upscale)) for box in boxes]
+    return [(box, resized_size(box[2] - box[0], box[3] - box[1], rules, upscale)) for box in boxes]
 
 
 def _halves(length: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -180,8 +180,8 @@ def _halves(length: int) -> tuple[tuple[int, int], tuple[int, int]]:
     return ((0, middle), (middle, length)) if middle else ((0, 1), (0, 1))
 
 
-def _resized(width: int, height: int, rules: ImageRules, upscale: float) -> tuple[int, int]:
-    """Returns (width, height) after resizing, rounded as the reference rounds."""
+def resized_size(width: int, height: int, rules: ImageRules, upscale: float) -> tuple[int, int]:
+    """Returns (width, height) that a piece is resized to, rounded as the reference rounds."""
     if upscale != 1.0:
         width, height = round(width * upscale), round(height * upscale)
     aspect = width / height
@@ -193,8 +193,8 @@ def _resized(width: int, height: int, rules: ImageRules, upscale: float) -> tupl
     return max(width, rules.shortest_edge), max(height, rules.shortest_edge)
 
 
-def _cut(pixels: np.ndarray, patch: int, out: np.ndarray | None) -> np.ndarray:
-    """Cuts contiguous uint8 [h, w, 3] into patches [rows * columns, patch * patch * 3]."""
+def cut(pixels: np.ndarray, patch: int, out: np.ndarray | None = None) -> np.ndarray:
+    """Cuts contiguous uint8 [h, w, 3] into patches [rows * columns, patch * patch * 3], written to `out` if given."""
     rows, columns, stride = pixels.shape[0] // patch, pixels.shape[1] // patch, pixels.strides[0]
     if out is None:
         out = np.empty((rows * columns, patch * patch * 3), np.uint8)
