@@ -1,6 +1,6 @@
 """Ragged documents in two layouts: padded as transformers' processor pads them, and packed as this package does.
 
-Sizes are drawn from the mixes of benchmarks/packing.py (COCO-like pairs, OBELICS-like pages), with images at 0.3 of
+Sizes are drawn from the mixes of benchmarks/mixes.py (COCO-like pairs, OBELICS-like pages), with images at 0.3 of
 their sides and texts at a fifth of their length, so that two cores can train on them. Pixels and words are random:
 what they say does not change what they cost.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.packing import IMAGE_TOKENS, MIXES
+from benchmarks.mixes import IMAGE_TOKENS, MIXES
 from data_pipelines.packing import Pool, Sizes, pack_row
 from idefics_jax.batch import Batch, BatchShape, Encoded, empty_batch, place_document
 from idefics_jax.config import Idefics2Config

@@ -152,6 +152,7 @@ def data() -> ConfigDict:
                 "images": 24,
                 "patch_dim": 3 * PATCH**2,
             },
+            "document_tokens": 256,
             "virtual_shards": 4,
             "lookahead": 48,  # in each shard
             "lookahead_mib": 64,

@@ -80,8 +80,7 @@ def _hopeless(document: Document, processor: Processor, shape: BatchShape) -> tu
     if characters > shape.tokens * processor.tokenizer.longest_piece:
         return (
             "too-many-tokens",
-            f"it has {characters} characters, more than the {shape.tokens} tokens of a row spell; raise "
-            "data.shape.tokens",
+            f"it has {characters} characters, more than {shape.tokens} tokens spell; raise data.document_tokens",
         )
     return None
 

@@ -63,6 +63,7 @@ class DataConfig:
       stages: one after another; only the last has no number of documents.
       seed: of the order of documents and of packing.
       shape: sizes of a batch; its rows are those of all processes together.
+      document_tokens: the most tokens of a document, at most those of a row; longer ones are cut.
       virtual_shards: how many independent parts every epoch and every batch is made of. It must divide the rows of a
         batch, and be a multiple of every number of processes that the run may use.
       lookahead: documents that wait to be chosen from, in each shard; more fill rows better.
@@ -77,6 +78,7 @@ class DataConfig:
     stages: tuple[Stage, ...]
     seed: int
     shape: BatchShape
+    document_tokens: int
     virtual_shards: int
     lookahead: int
     lookahead_mib: int
@@ -89,6 +91,7 @@ class DataConfig:
     def __post_init__(self):
         for name, least in (
             ("seed", 0),
+            ("document_tokens", 1),
             ("virtual_shards", 1),
             ("lookahead", 1),
             ("lookahead_mib", 1),
@@ -101,6 +104,10 @@ class DataConfig:
                 raise UserError(f"data.{name} is {getattr(self, name)}; it must be at least {least}")
         if not 0 <= self.max_bad_fraction < 1:
             raise UserError(f"data.max_bad_fraction is {self.max_bad_fraction}; it must be at least 0 and less than 1")
+        if self.document_tokens > self.shape.tokens:
+            raise UserError(
+                f"data.document_tokens is {self.document_tokens}; a row, data.shape.tokens, has {self.shape.tokens}"
+            )
         if self.shape.rows % self.virtual_shards:
             raise UserError(
                 f"data.shape.rows is {self.shape.rows}; it must be a multiple of data.virtual_shards = "
@@ -189,7 +196,7 @@ def _check(config: DataConfig, processor: Processor, process_count: int) -> None
 
 def _open(config: DataConfig, processor: Processor, cache: Cache, *, shards_here: int) -> dict[str, DocumentSource]:
     """Opens every source once, whatever the stages and shards that read it."""
-    shape = dataclasses.replace(config.shape, rows=1)
+    shape = dataclasses.replace(config.shape, rows=1, tokens=config.document_tokens)
     return {
         source.name: DocumentSource(
             dataclasses.replace(source, weight=1.0),

@@ -97,8 +97,8 @@ def get_config() -> ConfigDict:
     config.optimizer.schedule = "linear"  # code
     config.optimizer.warmup_steps = 100  # code
     config.data.stages = {"instruct": {"sources": sources(), "documents": None}}
-    # Ours: an image that is split takes 326 tokens and 5 images.
-    config.data.shape.update({"vision_rows": 8, "patches": stage2.POSITIONS**2, "images": 24})
+    # Ours: an image that is split takes 326 tokens and 5 images; vision rows as in stage 2.
+    config.data.shape.update({"vision_rows": 7, "patches": 8704, "images": 48})
     return config
 
 

@@ -25,13 +25,13 @@ def get_config() -> ConfigDict:
     config.resize_positions = True  # paper: interpolated; code: bicubic, from 27 x 27, at the start of this stage
     config.grow_vocabulary = "none"
     config.init_std = ()
-    config.accumulation = 8  # paper: the same batch in smaller parts
+    config.accumulation = 4  # paper: the same batch in smaller parts
     config.optimizer.warmup_steps = 200  # ours: the moments start anew
     # Random up-scaling (paper); chance and largest factor as the operation's defaults in the code.
     augmentation = {"upscale": 0.7, "upscale_to": 3.0}
     config.data.stages = {"stage2": {"sources": stage1.sources(SHARES, augmentation=augmentation), "documents": None}}
-    # Ours: a vision row holds one image of 980 x 980 pixels, or several smaller ones.
-    config.data.shape.update({"vision_rows": 8, "patches": POSITIONS**2, "images": 10})
+    # Ours: vision rows for an image of 980 x 980 pixels and a small one, as many as benchmarks.packing finds full.
+    config.data.shape.update({"vision_rows": 9, "patches": 7680, "images": 32})
     return config
 
 

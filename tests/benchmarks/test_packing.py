@@ -5,31 +5,50 @@ import numpy as np
 import pytest
 from absl import flags
 
-from benchmarks import packing, report
+from benchmarks import packing, report, stage_mixes
+from benchmarks.mixes import MIXES
 from idefics_jax.batch import BatchShape
 
 
 @pytest.mark.parametrize(("name", "patches"), [("pairs", 1513), ("web", 2063), ("documents", 3632)])
 def test_mixes_have_the_published_mean_of_patches(name, patches):
-    stream = packing.MIXES[name].documents(np.random.default_rng(1))
+    stream = MIXES[name].documents(np.random.default_rng(1))
     grids = np.array([grid for _, images in itertools.islice(stream, 4000) for grid in images])
     assert grids.prod(1).mean() == pytest.approx(patches, rel=0.03)
 
 
-@pytest.mark.parametrize("name", list(packing.MIXES))
+@pytest.mark.parametrize("name", list(MIXES))
 def test_rows_reach_the_aimed_fill(name):
-    mix = packing.MIXES[name]
-    result = packing.measure(mix.documents(np.random.default_rng(2)), mix.shape, rows=60)
+    mix = MIXES[name]
+    result = packing.measure(mix.documents(np.random.default_rng(2)), mix.shape, rows=60, lookahead=512, rounds=40)
     assert result.tokens >= 0.965
     assert result.patches >= 0.945
     assert result.rejected < 0.04
 
 
-def test_shares_are_counted_exactly_where_they_are_known(monkeypatch):
-    monkeypatch.setattr(packing, "ROUNDS", 1)
+@pytest.mark.parametrize("name", list(stage_mixes.CONFIGS))
+def test_the_rows_of_each_stage_are_full(name):
+    stream, shape, lookahead, rounds = stage_mixes.stage(name)
+    result = packing.measure(stream, shape, rows=200, lookahead=lookahead, rounds=rounds)
+    assert result.tokens >= 0.97
+    assert result.patches >= 0.95
+    assert result.rejected == 0
+
+
+def test_pieces_of_a_page_hold_all_of_it():
+    shape = BatchShape(rows=1, tokens=2048, vision_rows=4, patches=4900, images=8)
+    images = [[(27, 27)]] * 11
+    pieces = list(stage_mixes.CUT["obelics"](5000, images, shape))
+    assert len(pieces) > 2
+    assert sum(len(grids) for _, grids in pieces) == 11
+    assert sum(tokens - 2 - 66 * len(grids) for tokens, grids in pieces) == 5000
+    assert all(tokens <= 2048 for tokens, _ in pieces)
+
+
+def test_shares_are_counted_exactly_where_they_are_known():
     shape = BatchShape(rows=1, tokens=40, vision_rows=1, patches=30, images=4)
     stream = itertools.cycle([(10, [(2, 3)]), (50, [(1, 1)])])
-    result = packing.measure(stream, shape, rows=5)
+    result = packing.measure(stream, shape, rows=5, lookahead=512, rounds=1)
     assert result.rejected == pytest.approx(0.5, abs=1e-3)
     assert result.tokens == 1.0
     assert result.patches == pytest.approx(24 / 30)

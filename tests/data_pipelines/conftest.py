@@ -45,6 +45,7 @@ def config(digits_folder) -> DataConfig:
         ),
         seed=0,
         shape=BatchShape(rows=4, tokens=64, vision_rows=2, patches=32, images=8),
+        document_tokens=64,
         virtual_shards=2,
         lookahead=16,
         lookahead_mib=1,
@@ -63,6 +64,8 @@ def one_source(config, tmp_path) -> Callable[..., DataConfig]:
     def make(rows: list[dict], kind: str, schema: pa.Schema, **changes) -> DataConfig:
         pq.write_table(pa.Table.from_pylist(rows, schema=schema), tmp_path / "rows.parquet")
         source = SourceConfig("mine", kind, (str(tmp_path / "rows.parquet"),), image_root=str(tmp_path))
+        if "shape" in changes:
+            changes.setdefault("document_tokens", changes["shape"].tokens)
         return dataclasses.replace(config, **{"stages": (Stage((source,)),), "virtual_shards": 1, **changes})
 
     return make

@@ -159,6 +159,8 @@ def write_shards(kind: str, rows: list[dict], folder: Path) -> str:
 def with_source(config, source: SourceConfig, **changes):
     changes = {
         "shape": SHAPE,
+        "document_tokens": SHAPE.tokens,
+        "virtual_shards": 1,
         "max_bad_fraction": 0.99,
         "lookahead": LOOKAHEAD,
         "rounds": 0,
@@ -404,7 +406,7 @@ def read(name, count):
     source = SourceConfig("mine", "pairs", (str(folder / name),))
     config = DataConfig(
         stages=(Stage((source,)),), seed=0, shape=BatchShape(rows=1, tokens=64, vision_rows=1, patches=64, images=8),
-        virtual_shards=1, lookahead=2, lookahead_mib=64, rounds=0,
+        document_tokens=64, virtual_shards=1, lookahead=2, lookahead_mib=64, rounds=0,
         max_bad_fraction=0.9, num_threads=2, prefetch=1, cache_mib=0,
     )
     iterator = batches(config, processor, process_index=0, process_count=1)
