@@ -116,7 +116,7 @@ def _to_peft(options: argparse.Namespace) -> int:
     with staged(options.target, replace=False) as folder:
         for name in (peft.CONFIG, peft.WEIGHTS):
             (source / name).copy(folder / name)
-    print(f"wrote {options.target}")
+    print(peft.about(options.target))
     return 0
 
 

@@ -118,6 +118,18 @@ def save_adapter(
             safetensors.numpy.save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
 
 
+def about(folder: epath.PathLike) -> str:
+    """Returns what to tell of a folder that `save_adapter` wrote: the vocabulary that its base must have."""
+    indices = _read_settings(epath.Path(folder) / CONFIG)["trainable_token_indices"]
+    if indices is None:
+        return f"wrote {folder}"
+    size = 1 + max(max(rows) for rows in indices.values())
+    return (
+        f"wrote {folder}; its base must have {size} vocabulary rows: where it has fewer, call "
+        f"model.resize_token_embeddings({size}) before peft loads the adapter"
+    )
+
+
 def _settings(chosen: Mapping[str, lora.LoraTarget], adapters: Mapping[str, Any], config: Idefics2Config) -> dict:
     """Returns adapter_config.json: the commonest rank and alpha, and patterns for the modules that deviate."""
     rules = {paths.parent(leaf.rule.ours): leaf.rule for leaf in leaves(config) if leaf.rule.ours.endswith("/kernel")}
@@ -311,6 +323,12 @@ def _read_rows(
     wanted = list(range(size - rows.shape[0], size))
     indices = settings.get("trainable_token_indices")
     indices = indices.get(module.rpartition("/")[2]) if isinstance(indices, dict) else indices
+    if isinstance(indices, list) and any(isinstance(index, int) and index >= size for index in indices):
+        grown = 1 + max(indices)
+        raise UserError(
+            f"the adapter trains the rows {indices[0]} to {indices[-1]} of {module}, and the base has {size}; grow it: "
+            f"call transformers' model.resize_token_embeddings({grown}), and give the folder that it saves"
+        )
     if indices != wanted:
         raise UserError(f"trainable_token_indices of {module} are {indices}; only the last rows, {wanted}, can be read")
     return {f"{module}/{new_rows.NAME}": np.asarray(leaf.rule.op.to_ours(rows), np.float32)}

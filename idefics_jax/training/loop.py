@@ -14,7 +14,7 @@ from etils import epath
 from data_pipelines import pipeline
 from idefics_jax import sharding
 from idefics_jax.convert.orbax import save_model
-from idefics_jax.convert.peft import save_adapter
+from idefics_jax.convert.peft import about, save_adapter
 from idefics_jax.errors import UserError
 from idefics_jax.model import ADAPTER_IN_WORKDIR
 from idefics_jax.param_transforms.partition import combine
@@ -191,7 +191,7 @@ def write_adapter(run: Run, trainable: Any, frozen: Any, folder: epath.Path) -> 
     spec, params = tuple(run.config.lora.values()), combine(trained, frozen)
     try:
         save_adapter(folder, trainable["adapters"], spec, trained, params, run.model_config, base=run.config.init_from)
-        print(f"adapter alone, in PEFT's form, in {folder}", flush=True)
+        print(f"adapter alone, in PEFT's form: {about(folder)}", flush=True)
     except UserError as error:
         print(f"no PEFT adapter was written: {error}", flush=True)
 

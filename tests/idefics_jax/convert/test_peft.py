@@ -1,6 +1,7 @@
 """Adapters to and from the real peft: equal logits both ways, equal gradients of DoRA, and refusals by name."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+from idefics_jax.config import Idefics2Config
 from idefics_jax.convert import hf
-from idefics_jax.convert.peft import CONFIG, PREFIX, WEIGHTS, load_adapter, save_adapter
+from idefics_jax.convert.peft import CONFIG, PREFIX, WEIGHTS, about, load_adapter, save_adapter
 from idefics_jax.errors import UserError
 from idefics_jax.param_transforms import lora, new_rows, partition, paths, quantize
 from tests.idefics_jax import reference
@@ -58,10 +60,9 @@ def merged_logits(twin, params, documents):
     return reference.per_document(batch, reference.apply(twin.model, params, batch))
 
 
-def peft_logits(twin, folder, documents):
-    """The logits of the real peft with a folder's adapter on a fresh copy of the twin's reference."""
-    fresh = reference.twin()
-    model = peft.PeftModel.from_pretrained(fresh.hf, folder).eval()
+def peft_logits(twin, folder, documents, *, base=None):
+    """The logits of the real peft with a folder's adapter on a base, or a fresh copy of the twin's reference."""
+    model = peft.PeftModel.from_pretrained(base or reference.twin().hf, folder).eval()
     inputs = reference.hf_inputs(documents)
     with torch.no_grad():
         logits = model(**inputs).logits.numpy()
@@ -133,6 +134,30 @@ def test_an_adapter_that_changed_its_base_is_read_once_peft_has_converted_it(twi
     model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path / "start")
     adapter = load_adapter(tmp_path / "plain", twin.config)
     assert_close(merged_logits(twin, adapter.merge(twin.params), documents), theirs, WHOLE)
+
+
+def test_an_adapter_without_new_rows_fits_its_base_as_it_is(twin, tmp_path):
+    targets = spec(False)[:1]
+    save_adapter(tmp_path, adapters_for(twin.params, targets), targets, {}, twin.params, twin.config, base=None)
+    assert about(tmp_path) == f"wrote {tmp_path}"
+
+
+def test_an_adapter_with_new_rows_tells_that_its_base_must_be_grown(twin, documents, tmp_path):
+    targets = spec(False)[:1]
+    adapters = adapters_for(twin.params, targets, rows=1)
+    save_adapter(tmp_path, adapters, targets, {}, twin.params, twin.config, base=None)
+    mend = rf"model\.resize_token_embeddings\({VOCAB}\)"
+    assert re.search(mend, about(tmp_path))
+    small = reference.twin().hf
+    small.resize_token_embeddings(VOCAB - 1)
+    config = Idefics2Config.from_hf(small.config.to_dict())
+    with pytest.raises(
+        UserError, match=f"trains the rows {VOCAB - 1} to {VOCAB - 1} .* base has {VOCAB - 1}; .*{mend}"
+    ):
+        load_adapter(tmp_path, config)
+    small.resize_token_embeddings(VOCAB)
+    ours = merged_logits(twin, load_adapter(tmp_path, twin.config).merge(twin.params), documents)
+    assert_close(ours, peft_logits(twin, tmp_path, documents, base=small), WHOLE)
 
 
 def test_a_part_trained_in_full_is_saved_whole(twin, documents, tmp_path):
