@@ -64,18 +64,28 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
       UserError: an unknown axis, more than one -1, or sizes that do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    unknown = sorted(set(sizes) - set(MESH_AXES))
-    if unknown:
-        raise UserError(f"mesh axis {unknown[0]!r} is unknown; the axes are {', '.join(MESH_AXES)}")
+    fixed = fixed_devices(sizes)
     shape = [sizes.get(axis, 1) for axis in MESH_AXES]
-    free = [i for i, size in enumerate(shape) if size == -1]
-    if len(free) > 1 or any(size < 1 and size != -1 for size in shape):
-        raise UserError(f"mesh sizes {dict(sizes)} need whole numbers of at least 1, and at most one -1")
-    if free:
-        shape[free[0]] = len(devices) // math.prod(size for size in shape if size != -1)
+    if -1 in shape:
+        shape[shape.index(-1)] = len(devices) // fixed
     if math.prod(shape) != len(devices):
         raise UserError(f"mesh sizes {dict(sizes)} do not fit {len(devices)} device(s); their product must be that")
     return Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def fixed_devices(sizes: Mapping[str, int]) -> int:
+    """Returns how many devices a mesh takes, or with a -1 among its sizes, what their number must be a multiple of.
+
+    Raises:
+      UserError: an unknown axis, more than one -1, or another size below 1.
+    """
+    unknown = sorted(set(sizes) - set(MESH_AXES))
+    if unknown:
+        raise UserError(f"mesh axis {unknown[0]!r} is unknown; the axes are {', '.join(MESH_AXES)}")
+    given = [size for size in sizes.values() if size != -1]
+    if len(sizes) - len(given) > 1 or any(size < 1 for size in given):
+        raise UserError(f"mesh sizes {dict(sizes)} need whole numbers of at least 1, and at most one -1")
+    return math.prod(given)
 
 
 @contextlib.contextmanager

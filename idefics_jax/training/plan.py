@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from idefics_jax import sharding
 from idefics_jax.config import Idefics2Config
 from idefics_jax.errors import UserError
 from idefics_jax.param_transforms import partition, quantize
@@ -15,7 +16,7 @@ from idefics_jax.param_tree import param_shapes
 from idefics_jax.training.config import TrainConfig
 from idefics_jax.training.initial import from_sections, load_processor, model_config
 from idefics_jax.training.optimizer import make_optimizer, peak_rates
-from idefics_jax.training.run import starting_adapters
+from idefics_jax.training.run import starting_adapters, trained_parts
 from idefics_jax.training.step import init_state
 
 
@@ -28,6 +29,7 @@ class Plan:
       optimizer: the gradient transformation.
       state, frozen: what the step is given (training/step.py), as ShapeDtypeStructs.
       table: every leaf with its shape, dtype, state, learning rate and decay.
+      devices: how many of them the mesh takes, in words.
     """
 
     sizes: Idefics2Config
@@ -35,6 +37,7 @@ class Plan:
     state: dict[str, Any]
     frozen: dict[str, Any]
     table: str
+    devices: str
 
     def __str__(self) -> str:
         held = {
@@ -42,17 +45,20 @@ class Plan:
             "trained parameters, float32": self.state["trainable"],
             "optimizer state": self.state["opt_state"],
         }
-        return "\n".join([self.table, *(f"{name}: {_size(tree)}" for name, tree in held.items())])
+        return "\n".join([self.table, *(f"{name}: {_size(tree)}" for name, tree in held.items()), self.devices])
 
 
 def plan(config: TrainConfig) -> Plan:
     """Lays a run out.
 
-    With a `model` section no file is read; otherwise the config.json of `init_from` and the processor.
+    With a `model` section no file is read; otherwise the config.json of `init_from` and the processor. The plan of a
+    pod may be looked at anywhere, so the devices that are there are not counted; how many it needs is said.
 
     Raises:
-      UserError: the settings do not fit the model.
+      UserError: the settings do not fit the model, nothing would train, or the mesh cannot be made of any devices.
     """
+    several = "a multiple of " if -1 in config.mesh.values() else ""
+    devices = f"mesh {dict(config.mesh)}: {several}{sharding.fixed_devices(config.mesh)} device(s)"
     # Any id of `<image>`: shapes do not depend on it.
     sizes = from_sections(config, image_token_id=1) if config.model else model_config(config, load_processor(config))
     params, dtype = param_shapes(sizes), jnp.dtype(config.frozen_dtype)
@@ -63,12 +69,12 @@ def plan(config: TrainConfig) -> Plan:
         frozen = jax.eval_shape(lambda tree: quantize.cast(quantize.quantize(tree, config.quantize), dtype), frozen)
     except ValueError as error:
         raise UserError(str(error)) from error
-    trainable = {name: tree for name, tree in (("params", base), ("adapters", adapters)) if tree}
+    trainable = trained_parts(base, adapters)
     optimizer = make_optimizer(config.optimizer, trainable, chosen, config.steps)
     state = jax.eval_shape(lambda tree: init_state(tree, optimizer), trainable)
     rates = peak_rates(config.optimizer, trainable, chosen)
     table = partition.table(partition.combine(base, frozen), adapters, chosen, rates)
-    return Plan(sizes, optimizer, state, frozen, table)
+    return Plan(sizes, optimizer, state, frozen, table, devices)
 
 
 def _size(tree: Any) -> str:

@@ -88,9 +88,7 @@ def assemble(config: TrainConfig, mesh: Mesh) -> tuple[Run, dict[str, Any], dict
         base, frozen = partition.split(params, chosen)
         frozen = quantize.cast(quantize.quantize(frozen, config.quantize), jnp.dtype(config.frozen_dtype))
         adapters, adapter_axes = make_adapters(config, partition.combine(base, frozen), axes, mesh)
-        trainable = {name: tree for name, tree in (("params", base), ("adapters", adapters)) if tree}
-        if not trainable:
-            raise UserError("partition freezes everything and there are no adapters: nothing would train")
+        trainable = trained_parts(base, adapters)
         if adapters:
             lora.assert_used(lambda tree: _traced_logits(model, shapes, tree), adapters)
     except ValueError as error:
@@ -122,6 +120,18 @@ def assemble(config: TrainConfig, mesh: Mesh) -> tuple[Run, dict[str, Any], dict
         step=jax.jit(step, donate_argnums=0, out_shardings=(state_places, None)),
     )
     return run, trainable, frozen
+
+
+def trained_parts(base: dict[str, Any], adapters: dict[str, Any]) -> dict[str, Any]:
+    """Returns the trained leaves of the model and the adapters, as in training/step.py.
+
+    Raises:
+      UserError: there are neither.
+    """
+    trainable = {name: tree for name, tree in (("params", base), ("adapters", adapters)) if tree}
+    if not trainable:
+        raise UserError("partition freezes everything and there are no adapters: nothing would train")
+    return trainable
 
 
 def make_adapters(

@@ -35,8 +35,8 @@ def test_a_plan_tells_what_the_start_of_the_run_tells(adapted):
     with sharding.use_mesh(mesh, sharding.RULES[config.sharding]):
         run, trainable, frozen = assemble(config, mesh)
         state = run.new_state(trainable)
-    assert lines[:-3] == run.table.splitlines()
-    for line, tree in zip(lines[-3:], (frozen, state["trainable"], state["opt_state"]), strict=True):
+    assert lines[:-4] == run.table.splitlines()
+    for line, tree in zip(lines[-4:-1], (frozen, state["trainable"], state["opt_state"]), strict=True):
         assert f": {sum(leaf.nbytes for leaf in jax.tree.leaves(tree)):,} bytes (" in line
 
 
@@ -50,6 +50,32 @@ def test_a_pattern_that_matches_nothing_is_refused(adapted):
     adapted["quantize"] = ("text_model/ears/.*",)
     with pytest.raises(UserError, match="quantize: 'text_model/ears/.*' matches no parameter"):
         plan(TrainConfig.from_config_dict(adapted))
+
+
+def test_a_plan_in_which_nothing_trains_is_refused(values):
+    values["partition"] = ((".*", "frozen"),)
+    with pytest.raises(UserError, match="nothing would train"):
+        plan(TrainConfig.from_config_dict(values))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "said"),
+    [
+        ({"data": 7}, "mesh {'data': 7}: 7 device(s)"),
+        ({"data": -1, "fsdp": 4, "tensor": 2}, "mesh {'data': -1, 'fsdp': 4, 'tensor': 2}: a multiple of 8 device(s)"),
+    ],
+)
+def test_a_plan_says_how_many_devices_it_needs_whatever_is_there(values, mesh, said):
+    assert str(plan(TrainConfig.from_config_dict({**values, "mesh": mesh}))).splitlines()[-1] == said
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [({"rows": 2}, "mesh axis 'rows' is unknown"), ({"data": 0}, "at least 1"), ({"data": -1, "fsdp": -1}, "one -1")],
+)
+def test_a_plan_for_a_mesh_of_no_devices_is_refused(values, mesh, message):
+    with pytest.raises(UserError, match=message):
+        plan(TrainConfig.from_config_dict({**values, "mesh": mesh}))
 
 
 def test_the_command_prints_it_and_needs_no_work_directory():
