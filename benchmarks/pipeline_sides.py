@@ -56,6 +56,7 @@ def config(folder: Path, workers: int) -> pipeline.DataConfig:
         stages=(pipeline.Stage((SourceConfig("photographs", "pairs", (str(folder / "shards"),)),)),),
         seed=0,
         shape=SHAPE,
+        document_tokens=SHAPE.tokens,
         virtual_shards=1,
         lookahead=LOOKAHEAD,
         lookahead_mib=LOOKAHEAD_MIB,
