@@ -2,8 +2,10 @@
 
 import difflib
 import errno
+import importlib.util
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,15 +47,14 @@ def _parse(argv: list[str], required: tuple[str, ...]) -> None:
         print(sys.modules["__main__"].__doc__)
         print(flags.FLAGS.main_module_help())
         sys.exit(0)
-    _check_config_file(argv)
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
         raise UserError(str(error)) from error
     except (ArithmeticError, AttributeError, ImportError, LookupError, NameError, SyntaxError, TypeError) as error:
-        # The config file is a program, and ml_collections reports a misspelt override by what its look-up raised.
+        # ml_collections reports a misspelt override by what its look-up raised.
         said = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-        raise UserError(f"the config or an override of it is wrong: {said}") from error
+        raise UserError(f"an override of the config is wrong: {said}") from error
     except ValueError as error:
         raise UserError(str(error)) from error
     if len(rest) > 1:
@@ -63,25 +64,40 @@ def _parse(argv: list[str], required: tuple[str, ...]) -> None:
             raise UserError(f"--{name} is missing; see --help")
 
 
-def _check_config_file(argv: list[str]) -> None:
-    """Refuses a config file that does not exist: ml_collections accepts it and fails wherever it is first read."""
-    for before, argument in zip(argv, argv[1:], strict=False):
-        name, _, value = argument.lstrip("-").partition("=")
-        if name != "config" or not argument.startswith("-"):
-            name, value = before.lstrip("-"), argument
-            if name != "config" or not before.startswith("-"):
-                continue
-        elif not value:
-            continue
-        path = Path(value.partition(":")[0])
-        if not path.is_file():
+class ConfigFile(flags.ArgumentParser):
+    """Reads FILE[:argument] into a locked ConfigDict. A config file is a program: what it raises becomes a sentence."""
+
+    def parse(self, value: str) -> ConfigDict:
+        """Runs the file and returns what its `get_config` does.
+
+        Raises:
+          UserError: there is no such file, it has no `get_config`, or that raises or returns something else.
+        """
+        path, colon, argument = value.partition(":")
+        if not Path(path).is_file():
             here = sorted(str(p) for p in Path("configs").glob("**/*.py") if p.name != "__init__.py")
-            close = difflib.get_close_matches(str(path), here, 1, cutoff=0.0)
+            close = difflib.get_close_matches(path, here, 1, cutoff=0.0)
+            raise UserError(f"there is no file {path!r}; nearest is {close[0] if close else 'none here'}")
+        try:
+            spec = importlib.util.spec_from_file_location("config_file", path)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            config = module.get_config(*([argument] if colon else []))
+        except UserError:
+            raise
+        except Exception as error:
+            lines = [at.lineno for at in traceback.extract_tb(error.__traceback__) if at.filename == path]
+            where = f", line {lines[-1]}" if lines else ""
+            raise UserError(f"{path}{where} raises {type(error).__name__}: {error}; mend the config file") from error
+        if not isinstance(config, ConfigDict):
             raise UserError(
-                f"--config: there is no file {str(path)!r}; nearest is {close[0] if close else 'none here'}"
+                f"get_config returns a {type(config).__name__}; it must return an ml_collections.ConfigDict"
             )
+        return config.lock()
 
 
 def define_config(default: str | None, help_text: str) -> flags.FlagHolder[ConfigDict]:
     """Defines `--config FILE[:argument]` and its `--config.name=value` overrides."""
-    return config_flags.DEFINE_config_file("config", default, help_text, lock_config=True)
+    holder = config_flags.DEFINE_config_file("config", default, help_text, lock_config=True)
+    flags.FLAGS["config"].parser = ConfigFile()
+    return holder

@@ -173,6 +173,7 @@ def test_usage_errors_exit_with_2_and_one_line(values, tmp_path):
     workdir = ["--workdir", str(tmp_path / "run")]
     wrong = {
         "there is no file 'configs/digit.py'; nearest is configs/digits.py": ["--config", "configs/digit.py", *workdir],
+        "configs/digits.py:foo is none of full, lora": ["--config", "configs/digits.py:foo", *workdir],
         'Did you mean "optimizer"': ["--config", good, *workdir, "--config.optimizr.b1=0.5"],
         "config.optimizer.learning_rate is nan": ["--config", good, *workdir, "--config.optimizer.learning_rate=nan"],
         "optimizer.learning_rate is -1.0": ["--config", good, *workdir, "--config.optimizer.learning_rate=-1"],

@@ -1,0 +1,50 @@
+"""A config file is a program: whatever goes wrong in it is one sentence that says where."""
+
+import pytest
+
+from idefics_jax.commands import ConfigFile
+from idefics_jax.errors import UserError
+
+GOOD = """
+from ml_collections import ConfigDict
+
+def get_config(size="small"):
+    return ConfigDict({"size": size})
+"""
+
+
+def test_a_config_file_is_called_with_its_argument_and_locked(tmp_path):
+    path = tmp_path / "good.py"
+    path.write_text(GOOD)
+    config = ConfigFile().parse(str(path))
+    assert config.to_dict() == {"size": "small"}
+    assert config.is_locked
+    assert ConfigFile().parse(f"{path}:large").size == "large"
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        ("def get_config():\n    return open('/nowhere').read()", "line 2 raises FileNotFoundError: .*'/nowhere'"),
+        ("import nosuchmodule", "line 1 raises ModuleNotFoundError"),
+        ("def get_config():\n    assert False, 'too small'", "line 2 raises AssertionError: too small"),
+        ("def get_config(:", r"raises SyntaxError: invalid syntax \(wrong.py, line 1\)"),
+        ("def get_config():\n    return {'steps': 1}", "returns a dict; it must return an ml_collections.ConfigDict"),
+        ("steps = 1", "has no attribute 'get_config'"),
+    ],
+)
+def test_what_goes_wrong_in_a_config_file_is_a_sentence(program, message, tmp_path):
+    path = tmp_path / "wrong.py"
+    path.write_text(program)
+    with pytest.raises(UserError, match=message):
+        ConfigFile().parse(str(path))
+
+
+def test_a_file_s_own_sentence_is_left_as_it_is():
+    with pytest.raises(UserError, match=r"^configs/digits.py:foo is none of full, lora, dora, frozen$"):
+        ConfigFile().parse("configs/digits.py:foo")
+
+
+def test_a_file_that_is_not_there_is_named_with_the_nearest():
+    with pytest.raises(UserError, match=r"no file 'configs/digit.py'; nearest is configs/digits.py"):
+        ConfigFile().parse("configs/digit.py")
