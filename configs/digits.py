@@ -129,6 +129,7 @@ def data() -> ConfigDict:
     return ConfigDict(
         {
             "seed": 0,
+            "after": placeholder(str),
             "stages": {
                 # Digits alone, cropped, for the first 4 % of the steps: without it, digits are found much later.
                 "stage1": {"sources": {"warmup": source("warmup", "pairs")}, "documents": 5000},

@@ -23,6 +23,7 @@ from typing import Any
 
 import grain
 
+from data_pipelines import position
 from data_pipelines.batches import DecodeIterDataset, Decoding
 from data_pipelines.cache import Cache
 from data_pipelines.mixture import Mixture
@@ -61,6 +62,8 @@ class DataConfig:
 
     Attributes:
       stages: one after another; only the last has no number of documents.
+      after: work directory of an ended run: sources that it read too go on from where it left them, and are not begun
+        anew. None to begin all of them.
       seed: of the order of documents and of packing.
       shape: sizes of a batch; its rows are those of all processes together.
       document_tokens: the most tokens of a document, at most those of a row; longer ones are cut.
@@ -87,6 +90,7 @@ class DataConfig:
     num_threads: int
     prefetch: int
     cache_mib: int
+    after: str | None = None
 
     def __post_init__(self):
         for name, least in (
@@ -169,14 +173,19 @@ def batches(
     shards = range(process_index * each, (process_index + 1) * each)
     cache = Cache(config.cache_mib * 2**20)
     opened = _open(config, processor, cache, shards_here=each)
-    packed = [_packed(config, opened, shard, threads=-(-config.num_threads // each)) for shard in shards]
+    about = _about(config, opened, processor)
+    starts = position.reached(config.after, shards, about) if config.after else [{}] * each
+    packed = [
+        _packed(config, opened, shard, start=start, threads=-(-config.num_threads // each))
+        for shard, start in zip(shards, starts, strict=True)
+    ]
     decoding = Decoding(
         shards=tuple(shards),
         shape=dataclasses.replace(config.shape, rows=config.shape.rows // process_count),
         epoch_rows={name: sum(map(source.epoch_rows, shards)) for name, source in opened.items()},
         max_bad_fraction=config.max_bad_fraction,
         num_threads=config.num_threads,
-        about=json.dumps(_about(config, opened, processor)),
+        about=json.dumps(about),
     )
     decoded = DecodeIterDataset(packed, decoding, processor=processor, cache=cache)
     return iter(grain.experimental.ThreadPrefetchIterDataset(decoded, prefetch_buffer_size=config.prefetch))
@@ -228,8 +237,15 @@ class _ShardDocuments:
         return index, self._opened[name].read(self._shard, position)
 
 
-def _packed(config: DataConfig, opened: Mapping[str, DocumentSource], shard: int, *, threads: int) -> PackIterDataset:
-    """Returns a shard's rows."""
+def _packed(
+    config: DataConfig,
+    opened: Mapping[str, DocumentSource],
+    shard: int,
+    *,
+    start: Mapping[str, int],
+    threads: int,
+) -> PackIterDataset:
+    """Returns a shard's rows, each source from the position that `start` gives it."""
     each = config.virtual_shards
     stages = [
         (
@@ -238,7 +254,7 @@ def _packed(config: DataConfig, opened: Mapping[str, DocumentSource], shard: int
         )
         for stage in config.stages
     ]
-    mixture = Mixture(stages, start={}, seed=(config.seed, shard))
+    mixture = Mixture(stages, start=start, seed=(config.seed, shard))
     packing = Packing(
         shape=dataclasses.replace(config.shape, rows=config.shape.rows // each),
         lookahead=config.lookahead,
@@ -259,9 +275,9 @@ def _about(config: DataConfig, opened: Mapping[str, DocumentSource], processor: 
         del settings[free]
     return {
         "data": settings | {"stages": {str(i): _told(stage) for i, stage in enumerate(config.stages)}},
-        "files": {name: _digest(repr(source.group_rows.tolist())) for name, source in opened.items()},
+        "files": {name: source.digest for name, source in opened.items()},
         "processor": {
-            "tokenizer": _digest(processor.tokenizer.model),
+            "tokenizer": hashlib.sha256(processor.tokenizer.model).hexdigest()[:16],
             "image_rules": dataclasses.asdict(processor.image_rules),
             "num_latents": processor.num_latents,
         },
@@ -271,8 +287,3 @@ def _about(config: DataConfig, opened: Mapping[str, DocumentSource], processor: 
 def _told(stage: Stage) -> dict[str, Any]:
     sources = {source.name: dataclasses.asdict(source) for source in stage.sources}
     return {"documents": stage.documents, "sources": sources}
-
-
-def _digest(content: str | bytes) -> str:
-    content = content.encode() if isinstance(content, str) else content
-    return hashlib.sha256(content).hexdigest()[:16]

@@ -82,6 +82,7 @@ class RecordRows:
     """The rows of a set of prepared shards, in their order. Threads may share it.
 
     Attributes:
+      shards: the shards.
       group_rows: int64 [groups], the number of rows of each group: up to GROUP_ROWS neighbours of one shard.
     """
 
@@ -92,7 +93,7 @@ class RecordRows:
           shards: with their folders and their numbers of records; none is empty.
           columns: of every row.
         """
-        self._shards = shards
+        self.shards = shards
         self._columns = columns
         counts = [-(-shard.records // GROUP_ROWS) for shard in shards]
         self._shard_of = np.repeat(np.arange(len(shards)), counts)
@@ -104,7 +105,7 @@ class RecordRows:
 
     def name(self, group: int, row: int) -> str:
         """Returns "shard:record"."""
-        return f"{self._shards[self._shard_of[group]].path.name}:{self._first_rows[group] + row}"
+        return f"{self.shards[self._shard_of[group]].path.name}:{self._first_rows[group] + row}"
 
     def row(self, group: int, row: int) -> dict[str, Any]:
         """Returns a row of a group.
@@ -116,7 +117,7 @@ class RecordRows:
         try:
             (data,) = self._reader(shard).read([record])
         except RuntimeError as error:
-            path = self._shards[shard].path
+            path = self.shards[shard].path
             raise BadRow("damaged-record", f"record {record} of {path} cannot be read ({error})") from error
         return decode(data, self._columns)[1]
 
@@ -126,7 +127,7 @@ class RecordRows:
             if shard in self._readers:
                 self._readers.move_to_end(shard)
                 return self._readers[shard]
-            reader = open_reader(self._shards[shard].path)
+            reader = open_reader(self.shards[shard].path)
             self._readers[shard] = reader
             if len(self._readers) > _OPEN_SHARDS:
                 self._readers.popitem(last=False)

@@ -96,6 +96,7 @@ def get_config() -> ConfigDict:
     config.neftune_alpha = 5.0  # code
     config.optimizer.schedule = "linear"  # code
     config.optimizer.warmup_steps = 100  # code
+    config.data.after = None  # no source is read in both stages
     config.data.stages = {"instruct": {"sources": sources(), "documents": None}}
     # Ours: an image that is split takes 326 tokens and 5 images; vision rows as in stage 2.
     config.data.shape.update({"vision_rows": 7, "patches": 8704, "images": 48})

@@ -155,10 +155,11 @@ def data() -> ConfigDict:
     return ConfigDict(
         {
             "seed": 0,
+            "after": placeholder(str),
             "stages": {"stage1": {"sources": sources(SHARES, augmentation={}), "documents": None}},
             "shape": {
-                # Ours: two of the paper's 2,048 sequences of 2,048 tokens a row, where documents pack more tightly; kinds
-                # share rows. By benchmarks.packing 19 images and vision rows leave the least of either empty.
+                # Ours: two of the paper's 2,048 sequences of 2,048 tokens a row, where documents pack more tightly. By
+                # benchmarks.packing 19 images and vision rows leave the least of either empty.
                 "rows": 1024,
                 "tokens": 4096,
                 "vision_rows": 19,

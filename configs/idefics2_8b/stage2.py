@@ -30,6 +30,7 @@ def get_config() -> ConfigDict:
     # Random up-scaling (paper); chance and largest factor as the operation's defaults in the code.
     augmentation = {"upscale": 0.7, "upscale_to": 3.0}
     config.data.stages = {"stage2": {"sources": stage1.sources(SHARES, augmentation=augmentation), "documents": None}}
+    config.data.after = f"{stage1.WORKDIR}/stage1"  # ours: pages and pairs that stage 1 has not seen come first
     # Ours: vision rows for an image of 980 x 980 pixels and a small one, as many as benchmarks.packing finds full.
     config.data.shape.update({"vision_rows": 9, "patches": 7680, "images": 32})
     return config

@@ -11,7 +11,7 @@ import grain
 import jax
 from etils import epath
 
-from data_pipelines import pipeline
+from data_pipelines import pipeline, position
 from idefics_jax import sharding
 from idefics_jax.convert.orbax import save_model
 from idefics_jax.convert.peft import about, save_adapter
@@ -59,7 +59,7 @@ def train(config: TrainConfig, values: dict[str, Any], workdir: epath.Path) -> N
             del trainable
             state, done = steps(run, state, frozen, before, data, checkpoints, workdir)
         if done:
-            finish(run, state, frozen, workdir)
+            finish(run, state, frozen, data, workdir)
         else:
             print("stopped and saved; run the same command again to go on", flush=True)
 
@@ -175,8 +175,10 @@ def stopped_message(stopped: Stopped, checkpoints: Checkpoints) -> UserError:
     return UserError(f"{stopped}; {where}; lower the learning rate, or look at these documents")
 
 
-def finish(run: Run, state: Any, frozen: Any, workdir: epath.Path) -> None:
-    """Writes the trained model, its adapter alone if it has one, the loss curve and what the run took."""
+def finish(run: Run, state: Any, frozen: Any, data: grain.DatasetIterator, workdir: epath.Path) -> None:
+    """Writes the trained model, its adapter alone if it has one, where the data stands, the curve and the summary."""
+    (workdir / position.FOLDER).mkdir(exist_ok=True)
+    position.write(workdir / position.FOLDER, data, first_process=jax.process_index() == 0)
     save_model(workdir / "model", run.final_params(state["trainable"], frozen), run.model_config, run.processor)
     draw_curves(workdir)
     write_summary(workdir, state["trainable"], frozen)

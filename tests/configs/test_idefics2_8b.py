@@ -121,9 +121,9 @@ def test_the_model_is_the_released_one():
 def test_the_plan_tells_what_trains_without_a_weight(name, rows, trained):
     """The paper's Table 3 counts 950 M trained parameters."""
     lines = str(plan(built(name))).splitlines()
-    table = {line.split()[0]: line.split()[1:] for line in lines[1:-4]}
-    assert lines[-4].endswith(f"{trained:,} of them trainable")
-    assert lines[-2].startswith(f"trained parameters, float32: {4 * trained:,} bytes (3.5")
+    table = {line.split()[0]: line.split()[1:] for line in lines[1:-5]}
+    assert lines[-5].endswith(f"{trained:,} of them trainable")
+    assert lines[-3].startswith(f"trained parameters, float32: {4 * trained:,} bytes (3.5")
     assert table["text_model/embed_tokens/new_rows"][:3] == [f"{rows}x4096", "float32", "trainable"]
     vocabulary = 32_000 + rows
     assert table["text_model/embed_tokens/embedding"] == [f"{vocabulary}x4096", "float32", "frozen"]

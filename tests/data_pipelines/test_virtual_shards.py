@@ -6,9 +6,11 @@ import json
 
 import numpy as np
 import pytest
+from etils import epath
 
-from data_pipelines import pairs
+from data_pipelines import pairs, position
 from data_pipelines.pipeline import batches
+from idefics_jax.errors import UserError
 from tests.data_pipelines.test_pipeline import pair, take
 
 SHARDS, STEPS = 8, 12
@@ -104,3 +106,28 @@ def test_memory_of_waiting_documents_is_bounded(one_source, processor):
     next(iterator)
     (shard,) = iterator.get_state()["shards"].values()
     assert 300 < len(json.loads(shard["packed"]["pool"])) < 600  # of about 2 kB each
+
+
+def test_another_run_goes_on_where_an_ended_one_left_each_source(one_source, processor, tmp_path):
+    rows = [pair(str(i)) for i in range(200)]
+    config = one_source(rows, "pairs", pairs.SCHEMA, virtual_shards=2, lookahead=1, rounds=0)
+    ended = batches(config, processor, process_index=0, process_count=1)
+    before = [name for packed in take(ended, 9) for name in packed.documents]
+    (tmp_path / "run" / position.FOLDER).mkdir(parents=True)
+    position.write(epath.Path(tmp_path / "run" / position.FOLDER), ended, first_process=True)
+    later = dataclasses.replace(config, after=str(tmp_path / "run"), seed=config.seed, rounds=2)
+    after = [
+        name
+        for packed in take(batches(later, processor, process_index=0, process_count=1), 9)
+        for name in packed.documents
+    ]
+    assert len(set(before + after)) == len(before) + len(after)
+    for change, message in [
+        ({"after": str(tmp_path)}, "which holds no data_position"),
+        ({"virtual_shards": 1}, "a run of 2 virtual shards; this one has 1"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            batches(dataclasses.replace(later, **change), processor, process_index=0, process_count=1)
+    other = one_source(rows[:100], "pairs", pairs.SCHEMA, virtual_shards=2, after=str(tmp_path / "run"))
+    with pytest.raises(UserError, match="source 'mine' had other files"):
+        batches(other, processor, process_index=0, process_count=1)

@@ -1,5 +1,6 @@
 """The paper's recipes, run one after another at a tiny size: each starts from what the one before it learnt."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -67,7 +68,7 @@ def train_first_three(folder: Path) -> None:
     start = None
     for name in list(RECIPES)[:-1]:
         config = tiny_recipes.shrink(RECIPES[name].get_config(), str(folder))
-        config.init_from = start
+        config.init_from = config.data.after = start
         values, start = config.to_dict(), str(folder / "work" / name)
         train(TrainConfig.from_config_dict(values), values, epath.Path(start))
 
@@ -96,7 +97,19 @@ def params(folder, name):
 def test_the_command_trains_what_is_left_from_what_was_last(folder):
     lines = [line for line in (folder / "said").read_text().splitlines() if line.startswith("$") or "already" in line]
     assert [line.partition(" is ")[0] for line in lines[:3]] == [f"{folder}/{name}.py" for name in list(RECIPES)[:3]]
-    assert lines[3].endswith(f"--config.seed=3 --config.init_from={folder}/work/instruct")
+    assert lines[3].endswith(
+        f"--config.seed=3 --config.init_from={folder}/work/instruct --config.data.after={folder}/work/instruct"
+    )
+
+
+def test_a_stage_goes_on_in_the_sources_of_the_one_before(folder):
+    def reached(name):
+        shard = json.loads((folder / "work" / name / "data_position" / "shard_0.json").read_text())
+        return json.loads(shard["packed"]["positions"])
+
+    first, second = reached("stage1"), reached("stage2")
+    assert first.keys() < second.keys()
+    assert all(second[name] > first[name] > 0 for name in first)
 
 
 def test_positions_and_vocabulary_grow_where_they_should(folder):

@@ -1,0 +1,73 @@
+"""Where the data stands, in files: one for each virtual shard, so that any number of processes can take it up.
+
+about.json       everything that the sequence of batches depends on
+shard_<k>.json   where shard k stands
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+from etils import epath
+
+from idefics_jax.errors import UserError
+
+# In a work directory: where the data stood when the run had ended.
+FOLDER = "data_position"
+_ABOUT = "about.json"
+
+
+def write(folder: epath.Path, data: grain.DatasetIterator, *, first_process: bool) -> None:
+    """Writes where the shards of this process stand; the first process also writes what they depend on."""
+    state = data.get_state()
+    for shard, own in state["shards"].items():
+        _file(folder, shard).write_text(json.dumps(own, indent=1))
+    if first_process:
+        (folder / _ABOUT).write_text(state["about"])
+
+
+def restore(folder: epath.Path, data: grain.DatasetIterator) -> None:
+    """Sets an iterator to what `write` wrote, whichever of the shards it holds.
+
+    Raises:
+      UserError: the position is one in other data, or with other settings.
+    """
+    files = {shard: _file(folder, shard) for shard in data.get_state()["shards"]}
+    # With another number of shards some are not there; what they depend on is compared before they are looked at.
+    saved = {shard: json.loads(file.read_text()) for shard, file in files.items() if file.exists()}
+    data.set_state({"about": (folder / _ABOUT).read_text(), "shards": saved})
+
+
+def reached(workdir: str, shards: Sequence[int], about: dict[str, Any]) -> list[dict[str, int]]:
+    """Returns for each shard how far an ended run had read each source, for a run that goes on with other settings.
+
+    Args:
+      workdir: the ended run's work directory.
+      shards: numbers of the shards.
+      about: of the run that goes on. The sources of both runs must have the same files.
+
+    Raises:
+      UserError: there is no such run, it had another number of shards, or a source had other files.
+    """
+    folder = Path(workdir, FOLDER)
+    if not (folder / _ABOUT).exists():
+        raise UserError(f"data.after is {workdir!r}, which holds no {FOLDER}; give the workdir of a run that has ended")
+    before = json.loads((folder / _ABOUT).read_text())
+    was, is_now = before["data"]["virtual_shards"], about["data"]["virtual_shards"]
+    if was != is_now:
+        raise UserError(
+            f"data.after is {workdir!r}, a run of {was} virtual shards; this one has {is_now}, give as many"
+        )
+    for name in sorted(before["files"].keys() & about["files"].keys()):
+        if before["files"][name] != about["files"][name]:
+            raise UserError(
+                f"data.after is {workdir!r}, where source {name!r} had other files; give it another name to read them "
+                "from their beginning"
+            )
+    return [json.loads(json.loads(_file(folder, shard).read_text())["packed"]["positions"]) for shard in shards]
+
+
+def _file(folder: Any, shard: int | str) -> Any:
+    return folder / f"shard_{shard}.json"
