@@ -1,18 +1,21 @@
 """How every command starts and ends: flags, the config file, one-line errors, exit codes."""
 
+import contextlib
 import difflib
 import errno
 import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from idefics_jax.errors import UserError
+
+flags.disclaim_key_flags()  # --help shows a flag with the command that defines it by a function here
 
 USAGE_ERROR = 2
 # What is wrong with a place, not with the program: full, over quota, read-only, forbidden, too large a file.
@@ -47,21 +50,26 @@ def _parse(argv: list[str], required: tuple[str, ...]) -> None:
         print(sys.modules["__main__"].__doc__)
         print(flags.FLAGS.main_module_help())
         sys.exit(0)
-    try:
+    with _flag_errors():
         rest = flags.FLAGS(argv)
-    except flags.Error as error:
-        raise UserError(str(error)) from error
-    except (ArithmeticError, AttributeError, ImportError, LookupError, NameError, SyntaxError, TypeError) as error:
-        # ml_collections reports a misspelt override by what its look-up raised.
-        said = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-        raise UserError(f"an override of the config is wrong: {said}") from error
-    except ValueError as error:
-        raise UserError(str(error)) from error
     if len(rest) > 1:
         raise UserError(f"argument {rest[1]!r} belongs to no flag; write it as --name=value")
     for name in required:
         if flags.FLAGS[name].value is None:
             raise UserError(f"--{name} is missing; see --help")
+
+
+@contextlib.contextmanager
+def _flag_errors() -> Iterator[None]:
+    """Turns what parsing flags raises into a UserError."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, ImportError, LookupError, NameError, SyntaxError, TypeError) as error:
+        # ml_collections reports a misspelt override by what its look-up raised.
+        said = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+        raise UserError(f"an override of the config is wrong: {said}") from error
+    except (flags.Error, ValueError) as error:
+        raise UserError(str(error)) from error
 
 
 class ConfigFile(flags.ArgumentParser):
@@ -98,6 +106,47 @@ class ConfigFile(flags.ArgumentParser):
 
 def define_config(default: str | None, help_text: str) -> flags.FlagHolder[ConfigDict]:
     """Defines `--config FILE[:argument]` and its `--config.name=value` overrides."""
-    holder = config_flags.DEFINE_config_file("config", default, help_text, lock_config=True)
-    flags.FLAGS["config"].parser = ConfigFile()
+    return _define_config(default, help_text, flags.FLAGS, sys.argv)
+
+
+def _define_config(
+    default: str | None, help_text: str, values: flags.FlagValues, argv: list[str]
+) -> flags.FlagHolder[ConfigDict]:
+    holder = config_flags.DEFINE_config_file(
+        "config", default, help_text, flag_values=values, lock_config=True, sys_argv=argv
+    )
+    values["config"].parser = ConfigFile()
     return holder
+
+
+def read_config(path: str, overrides: Sequence[str]) -> ConfigDict:
+    """Reads a config file as `--config FILE[:argument]` and `--config.NAME=VALUE` do.
+
+    Args:
+      path: the file.
+      overrides: each NAME=VALUE.
+
+    Raises:
+      UserError: see `ConfigFile`, or an override is not of this form, names no setting or has a value of another type.
+    """
+    for override in overrides:
+        if not override.partition("=")[1]:
+            raise UserError(f"the override {override!r} sets nothing; write it as NAME=VALUE")
+    argv = ["", f"--config={path}", *(f"--config.{override}" for override in overrides)]
+    values = flags.FlagValues()
+    holder = _define_config(None, "", values, argv)
+    with _flag_errors():
+        values(argv)
+    return holder.value
+
+
+class _Folder(flags.ArgumentParser):
+    def parse(self, value: str) -> str:
+        if not value:
+            raise ValueError("it is empty; give a folder")
+        return value
+
+
+def define_folder(name: str, default: str | None, help_text: str) -> flags.FlagHolder[str]:
+    """Defines a flag for a folder; an empty one, which would be the current folder, is refused."""
+    return flags.DEFINE(_Folder(), name, default, help_text)

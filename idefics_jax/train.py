@@ -17,7 +17,7 @@ from idefics_jax import commands
 from idefics_jax.errors import UserError
 
 _CONFIG = commands.define_config(None, "what to train, configs/NAME.py[:argument]")
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, the trained model")
+_WORKDIR = commands.define_folder("workdir", None, "folder of the run: checkpoints, metrics, the trained model")
 _PLAN = flags.DEFINE_boolean("plan", False, "print what would train, from shapes alone, and stop")
 
 

@@ -12,15 +12,13 @@ import sys
 import time
 from pathlib import Path
 
-from absl import flags
-
 from data_pipelines.sources import SourceConfig, read_documents
 from idefics_jax import commands
 from idefics_jax.errors import UserError
 from idefics_jax.evaluation.questions import question
 
 DATA = "work/digits-data"
-_WORKDIR = flags.DEFINE_string("workdir", "work/digits", "folder of the run")
+_WORKDIR = commands.define_folder("workdir", "work/digits", "folder of the run")
 _QUESTION_ROW = 5
 
 

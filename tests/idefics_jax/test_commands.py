@@ -1,8 +1,11 @@
 """A config file is a program: whatever goes wrong in it is one sentence that says where."""
 
+import subprocess
+import sys
+
 import pytest
 
-from idefics_jax.commands import ConfigFile
+from idefics_jax.commands import ConfigFile, read_config
 from idefics_jax.errors import UserError
 
 GOOD = """
@@ -48,3 +51,23 @@ def test_a_file_s_own_sentence_is_left_as_it_is():
 def test_a_file_that_is_not_there_is_named_with_the_nearest():
     with pytest.raises(UserError, match=r"no file 'configs/digit.py'; nearest is configs/digits.py"):
         ConfigFile().parse("configs/digit.py")
+
+
+def test_overrides_are_read_as_on_the_command_line(tmp_path):
+    path = tmp_path / "good.py"
+    path.write_text(GOOD)
+    assert read_config(str(path), ["size=large"]).to_dict() == {"size": "large"}
+    for override, message in (
+        ("colour=red", "'colour'"),
+        ("size", "'size' sets nothing; write it as NAME=VALUE"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read_config(str(path), [override])
+
+
+def test_help_shows_the_flags_that_are_defined_by_a_function_of_commands():
+    done = subprocess.run(
+        [sys.executable, "-m", "idefics_jax.train", "--help"], capture_output=True, text=True, check=True
+    )
+    for flag in ("--config:", "--workdir:", "--[no]plan:"):
+        assert f"  {flag}" in done.stdout

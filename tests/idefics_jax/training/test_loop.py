@@ -178,6 +178,7 @@ def test_usage_errors_exit_with_2_and_one_line(values, tmp_path):
         "config.optimizer.learning_rate is nan": ["--config", good, *workdir, "--config.optimizer.learning_rate=nan"],
         "optimizer.learning_rate is -1.0": ["--config", good, *workdir, "--config.optimizer.learning_rate=-1"],
         "argument 'stray' belongs to no flag": ["--config", good, *workdir, "stray"],
+        "--workdir=: it is empty; give a folder": ["--config", good, "--workdir="],
         "--workdir is missing": ["--config", good],
         "Did you mean: workdir": ["--config", good, "--wrkdir=x"],
         "invalid literal": ["--config", good, *workdir, "--config.steps=abc"],
