@@ -143,7 +143,9 @@ def steps(
             step += 1
             with naming_the_last_checkpoint(checkpoints):
                 if step % config.log_every == 0 or step == config.steps:
-                    report = progress.report(step, float(rate(step - 1)), packed.rejected, packed.examples)
+                    report = progress.report(
+                        step, float(rate(step - 1)), packed.rejected, packed.examples, packed.epochs
+                    )
                     writer.write_scalars(step, report)
                 if step % config.checkpoint_every == 0:
                     checkpoints.save(step, state, data, progress.state(), sound=progress.sound)

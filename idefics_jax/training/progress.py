@@ -10,7 +10,7 @@ from clu import metrics as clu_metrics
 from idefics_jax.training.divergence import Halted, LossWatch, named
 from idefics_jax.training.step import RUNNING
 
-AVERAGED = ("loss", "accuracy", "grad_norm", "update_norm", "token_fill", "patch_fill")
+AVERAGED = ("loss", "accuracy", "grad_norm", "update_norm", "token_fill", "patch_fill", "attention_share")
 
 
 class Progress:
@@ -73,7 +73,12 @@ class Progress:
         return self._watch.sound
 
     def report(
-        self, step: int, learning_rate: float, rejected: dict[str, int], examples: dict[str, str]
+        self,
+        step: int,
+        learning_rate: float,
+        rejected: dict[str, int],
+        examples: dict[str, str],
+        epochs: dict[str, float],
     ) -> dict[str, float]:
         """Waits for the interval's metrics, prints a line and returns the scalars to write.
 
@@ -82,6 +87,7 @@ class Progress:
           learning_rate: of that step.
           rejected: documents rejected so far, by reason.
           examples: the name of one document for each of these reasons; printed when the reason first comes up.
+          epochs: how often each source has been read through.
 
         Raises:
           Stopped: see `interval`.
@@ -111,7 +117,8 @@ class Progress:
         scalars = {f"train/{name}": value for name, value in means.items()}
         scalars["train/skipped"] = sum(metrics["skipped"] for metrics in interval)
         bad = {f"data/rejected/{reason}": float(count) for reason, count in rejected.items()}
-        return {**scalars, "train/learning_rate": learning_rate, **speed, **bad}
+        read = {f"data/epochs/{name}": count for name, count in epochs.items()}
+        return {**scalars, "train/learning_rate": learning_rate, **speed, **bad, **read}
 
     def _line(self, step: int, means: dict[str, Any], speed: dict[str, float], left: float, rejected: int) -> str:
         minutes, seconds = divmod(round(left), 60)

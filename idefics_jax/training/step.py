@@ -142,12 +142,21 @@ def norms(trainable: dict[str, Any], name: str) -> dict[str, jax.Array]:
 
 
 def batch_counts(batch: Batch) -> dict[str, jax.Array]:
-    """Counts what a batch holds: real tokens, and of a batch with images how many, and the useful shares."""
+    """Counts what a batch holds: real tokens, and of a batch with images how many, and the useful shares.
+
+    `attention_share` is that of the pairs of patches in a vision row which lie within one image: what attention without
+    block skipping computes for use.
+    """
     tokens = batch["segment_ids"] > 0
     counts = {"tokens": jnp.sum(tokens, dtype=jnp.float32), "token_fill": jnp.mean(tokens, dtype=jnp.float32)}
     if "patches" in batch:
         counts["images"] = jnp.sum(batch["image_mask"], dtype=jnp.float32)
         counts["patch_fill"] = jnp.mean(batch["patch_image_ids"] > 0, dtype=jnp.float32)
+        rows, _, length = batch["patch_image_ids"].shape
+        ids = batch["patch_image_ids"].reshape(rows, -1)
+        sizes = jnp.zeros((rows, batch["image_mask"].shape[1] + 1), jnp.float32)
+        sizes = sizes.at[jnp.arange(rows)[:, None], ids].add(1.0)[:, 1:]
+        counts["attention_share"] = jnp.sum(sizes**2) / (ids.size * length)
     return counts
 
 

@@ -14,7 +14,8 @@ def test_each_reason_of_rejection_is_shown_once_with_an_example(capsys):
     bad = [{"empty": 2}, {"empty": 3}, {"empty": 3, "bomb": 1}]
     for step, rejected in enumerate(bad, start=1):
         progress.add(metrics(step), ("s/a:0",), 0.0)
-        scalars = progress.report(step, 1e-3, rejected, {reason: f"s/a:{reason}" for reason in rejected})
+        scalars = progress.report(step, 1e-3, rejected, {reason: f"s/a:{reason}" for reason in rejected}, {"s": 0.5})
+        assert scalars["data/epochs/s"] == 0.5
         assert {name: scalars[f"data/rejected/{name}"] for name in rejected} == rejected
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line.startswith("rejected")] == [

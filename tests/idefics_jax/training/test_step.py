@@ -12,7 +12,7 @@ from idefics_jax.models.idefics2 import Idefics2
 from idefics_jax.param_transforms import lora, partition, paths
 from idefics_jax.param_transforms.partition import Rule
 from idefics_jax.training.optimizer import OptimizerConfig, make_optimizer
-from idefics_jax.training.step import init_state, make_train_step, norms
+from idefics_jax.training.step import batch_counts, init_state, make_train_step, norms
 from tests.idefics_jax import tiny
 
 OPTIMIZER = OptimizerConfig(
@@ -209,3 +209,9 @@ def test_metrics_count_what_the_batch_holds():
     _, _, metrics = run("frozen", 1)
     found = {name: float(metrics[0][name]) for name in ("tokens", "images", "token_fill", "patch_fill")}
     assert found == {"tokens": 80.0, "images": 8.0, "token_fill": pytest.approx(20 / 24), "patch_fill": 1.0}
+
+
+def test_attention_share_is_that_of_the_pairs_within_an_image():
+    ids = jnp.array([[[1, 1, 1, 2], [3, 3, 0, 0]]])
+    batch = {"segment_ids": jnp.ones((1, 4)), "patches": None, "patch_image_ids": ids, "image_mask": jnp.ones((1, 5))}
+    assert float(batch_counts(batch)["attention_share"]) == pytest.approx((9 + 1 + 4) / (2 * 16))
