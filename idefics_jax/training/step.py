@@ -156,7 +156,7 @@ def batch_counts(batch: Batch) -> dict[str, jax.Array]:
         ids = batch["patch_image_ids"].reshape(rows, -1)
         sizes = jnp.zeros((rows, batch["image_mask"].shape[1] + 1), jnp.float32)
         sizes = sizes.at[jnp.arange(rows)[:, None], ids].add(1.0)[:, 1:]
-        counts["attention_share"] = jnp.sum(sizes**2) / (ids.size * length)
+        counts["attention_share"] = jnp.sum(sizes**2) / float(ids.size * length)  # beyond int32 at 2,048 rows
     return counts
 
 
