@@ -24,7 +24,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from idefics_jax.sharding import constrain
-from idefics_jax.side_path import adapted
+from idefics_jax.side_path import adapted, dropped
 
 Dtype = jnp.dtype
 Initializer = Callable[..., jax.Array]
@@ -83,15 +83,17 @@ def shared_lora_a(module: nn.Module, x: jax.Array, names: tuple[str, ...]) -> di
     """Returns {name: x @ lora_A} of Linears below `module` that read the same input, from one product.
 
     A product with rank 64 is bound by reading x: on a v5p one product for q, k and v and one for gate and up take 2 per
-    cent off a 7B LoRA step, by its compiler's estimate (README). Empty where one of them has no adapter, or drops out
-    of an input of its own.
+    cent off a 7B LoRA step, by its compiler's estimate (README). They drop out of it together, by one mask. Empty where
+    one of them has no adapter, or where `module` has no `lora_dropout` that all of them share (lora.with_dropout).
     """
     adapters = module.variables.get("adapters", {})
     chosen = [adapters.get(name, {}) for name in names]
     if not all("lora_A" in adapter for adapter in chosen):
         return {}
     if module.has_rng("dropout") and any("lora_dropout" in adapter for adapter in chosen):
-        return {}
+        if "lora_dropout" not in adapters:
+            return {}
+        x = dropped(x, adapters["lora_dropout"], module.make_rng("dropout"))
     joined = jnp.concatenate([adapter["lora_A"].astype(x.dtype) for adapter in chosen], axis=-1)
     ends = np.cumsum([adapter["lora_A"].shape[-1] for adapter in chosen])[:-1]
     return dict(zip(names, jnp.split(checkpoint_name(x @ joined, "lora"), ends, axis=-1), strict=True))

@@ -3,8 +3,10 @@
 LoRA (Hu et al. 2021):   y + (x @ A) @ B
 DoRA (Liu et al. 2024):  (y + (x @ A) @ B) * m / n,   n = the column norms of W + A @ B
 
-B comes scaled by alpha / rank (param_transforms.lora.scale). The reference is PEFT; with dropout its DoRA also drops
-out of the input of the frozen product and so computes that product twice, here only the side path's input is dropped.
+B comes scaled by alpha / rank (param_transforms.lora.scale). The reference is PEFT, but for two things about dropout.
+Its DoRA also drops out of the input of the frozen product and so computes that product twice; here only the side path's
+input is dropped. And it draws a mask for each Linear; here those that read the same input from one product share one
+(layers.shared_lora_a). Each of them sees the distribution that PEFT's does; they are no longer independent.
 """
 
 from collections.abc import Mapping
@@ -33,16 +35,15 @@ def adapted(
       adapter: `lora_A` [in, R], `lora_B` [R, out]; for DoRA `lora_magnitude` [out]; for training with dropout
         `lora_dropout` [], its rate.
       rng: key for the dropout; without one nothing is dropped.
-      x_a: x @ lora_A where it is known already, or None.
+      x_a: x @ lora_A, dropout included, where it is known already, or None.
 
     Returns:
       [.., out] in y's dtype.
     """
     lora_a, lora_b = adapter["lora_A"].astype(y.dtype), adapter["lora_B"].astype(y.dtype)
-    if rng is not None and "lora_dropout" in adapter:
-        kept = 1.0 - adapter["lora_dropout"]
-        x = jnp.where(jax.random.bernoulli(rng, kept, x.shape), x / kept.astype(x.dtype), 0)
     if x_a is None:
+        if rng is not None and "lora_dropout" in adapter:
+            x = dropped(x, adapter["lora_dropout"], rng)
         x_a = checkpoint_name(x @ lora_a, "lora")
     y = y + x_a @ lora_b
     if "lora_magnitude" in adapter:
@@ -50,6 +51,12 @@ def adapted(
         norms = jax.lax.stop_gradient(column_norms(kernel, kernel_scale, lora_a, lora_b))
         y = y * (adapter["lora_magnitude"].astype(jnp.float32) / norms).astype(y.dtype)
     return y
+
+
+def dropped(x: jax.Array, rate: jax.Array, rng: jax.Array) -> jax.Array:
+    """Sets a share `rate` [] of x to zero and scales up what is kept, so that the mean stays."""
+    kept = 1.0 - rate
+    return jnp.where(jax.random.bernoulli(rng, kept, x.shape), x / kept.astype(x.dtype), 0)
 
 
 def column_norms(kernel: jax.Array, kernel_scale: jax.Array | None, lora_a: jax.Array, lora_b: jax.Array) -> jax.Array:

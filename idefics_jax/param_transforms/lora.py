@@ -5,6 +5,7 @@ A kernel [.., in, out] at `a/b/kernel` gets `a/b/lora_A` [.., in, R] and `a/b/lo
 (side_path.py). `merge` forms the adapted kernel in float32, for export and as the tests' oracle.
 """
 
+import collections
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -138,11 +139,19 @@ def scale(adapters: Mapping[str, Any], spec: LoraSpec) -> dict[str, Any]:
 
 
 def with_dropout(adapters: Mapping[str, Any], spec: LoraSpec) -> dict[str, Any]:
-    """Adds to each adapter with dropout its rate, `lora_dropout` [..], which the model heeds where it gets a key."""
-    flat = paths.flatten(adapters)
+    """Adds to each adapter with dropout its rate, `lora_dropout` [..], which the model heeds where it gets a key.
+
+    A module whose adapted children all have the same rate gets it too: only then may they share a mask.
+    """
+    flat, children = paths.flatten(adapters), collections.defaultdict(list)
     for module, target in targets(adapted_modules(adapters), spec).items():
+        children[paths.parent(module)].append(target.dropout)
         if target.dropout:
-            flat[f"{module}/lora_dropout"] = jnp.full(flat[f"{module}/lora_A"].shape[:-2], target.dropout)
+            rate = jnp.full(flat[f"{module}/lora_A"].shape[:-2], target.dropout)
+            flat[f"{module}/lora_dropout"] = flat[f"{paths.parent(module)}/lora_dropout"] = rate
+    for parent, rates in children.items():
+        if len(set(rates)) > 1:
+            del flat[f"{parent}/lora_dropout"]
     return paths.unflatten(flat)
 
 

@@ -46,7 +46,7 @@ def test_full_training_makes_the_gradient_of_each_kernel():
     assert all(shape in shapes or shape[::-1] in shapes for shape in KERNELS)
 
 
-@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("variant", ["lora", "lora, dropout", "dora"])
 def test_adapters_make_nothing_of_a_kernels_shape(variant):
     # A kernel may be turned for a product; it is the kernel still.
     assert {operation for _, operation in of_kernels(made(variant))} <= {"transpose", "copy"}

@@ -1,5 +1,6 @@
 """DoRA on the side path: PEFT's values and gradients, column norms without the column; dropout; noise on embeddings."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from idefics_jax.layers import Linear
+from idefics_jax.layers import Linear, shared_lora_a
+from idefics_jax.param_transforms import lora
 from idefics_jax.side_path import column_norms, neftune
 
 SIZE_IN, SIZE_OUT, RANK, ALPHA = 7, 5, 2, 6.0
@@ -91,6 +93,34 @@ def test_dropout_drops_from_the_side_path_alone_and_keeps_its_mean():
     np.testing.assert_allclose(kept.var(), SIZE_IN * 0.75 * 0.25, rtol=0.1)
     assert np.array_equal(run({"dropout": jax.random.key(0)}, 0.25)[:, 0], dropped)
     assert not np.array_equal(run({"dropout": jax.random.key(1)}, 0.25)[:, 0], dropped)
+
+
+class Siblings(nn.Module):
+    """Two Linears that read the same input, as q, k and v do."""
+
+    @nn.compact
+    def __call__(self, x):
+        x_a = shared_lora_a(self, x, ("one", "two"))
+        return [Linear(1, ("embed", "mlp"), 0.02, jnp.float32, name=name)(x, x_a.get(name)) for name in ("one", "two")]
+
+
+@pytest.mark.parametrize("rates", [(0.25, 0.25), (0.25, 0.5), (0.25, 0.0)], ids=["equal", "unequal", "one"])
+def test_siblings_share_a_mask_where_their_rates_are_equal(rates):
+    adapter = {"lora_A": jnp.ones((SIZE_IN, 1)), "lora_B": jnp.ones((1, 1))}
+    spec = [lora.LoraTarget(name, 1, 1.0, rate) for name, rate in zip(("block/one", "block/two"), rates, strict=True)]
+    adapters = lora.with_dropout({"block": {"one": adapter, "two": adapter}}, spec)["block"]
+    kernels = {name: {"kernel": jnp.zeros((SIZE_IN, 1))} for name in ("one", "two")}
+
+    def run(seed):
+        rngs = {"dropout": jax.random.key(seed)}
+        return Siblings().apply({"params": kernels, "adapters": adapters}, jnp.ones((4000, SIZE_IN)), rngs=rngs)
+
+    one, two = run(0)
+    assert np.array_equal(one, two) == (rates[0] == rates[1])
+    for sums, rate in zip((one, two), rates, strict=True):
+        np.testing.assert_allclose(sums.mean(), SIZE_IN, rtol=0.03)
+        np.testing.assert_allclose(sums.var(), SIZE_IN * rate / (1 - rate), rtol=0.1, atol=1e-6)
+    assert not np.array_equal(run(1)[0], one)
 
 
 def test_noise_has_the_width_of_its_own_document():
