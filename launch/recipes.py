@@ -4,7 +4,8 @@
     python -m launch.recipes --workdir work/mine --recipes mine/first.py,mine/second.py --override seed=1
 
 Each is an ordinary `idefics_jax.train`, printed before it starts, in a folder of its own that has the recipe's name. A
-recipe that has finished is not run again, so the same command goes on with what was stopped.
+recipe that has finished is not run again, so the same command goes on with what was stopped. The settings of all are
+checked before the first one starts, those of a finished one against what it was trained with.
 """
 
 import subprocess
@@ -12,49 +13,76 @@ import sys
 from pathlib import Path
 
 from absl import flags
+from etils import epath
 
 from idefics_jax import commands
 from idefics_jax.errors import UserError
+from idefics_jax.training.config import TrainConfig
+from idefics_jax.training.loop import check_same_run
 from idefics_jax.training.summary import SUMMARY_FILE
 
 RECIPES = [f"configs/idefics2_8b/{name}.py" for name in ("stage1", "stage2", "instruct", "chat")]
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of all recipes, each in a folder inside")
+_WORKDIR = commands.define_folder("workdir", None, "folder of all recipes, each in a folder inside")
 _RECIPES = flags.DEFINE_list("recipes", RECIPES, "config files, in order")
 _OVERRIDES = flags.DEFINE_multi_string("override", [], "NAME=VALUE: a setting given to every recipe; may be repeated")
 
 
-def run(recipe: Path, folder: Path, start: Path | None, overrides: list[str]) -> None:
+def run(recipe: Path, folder: Path, overrides: list[str]) -> None:
     """Trains one recipe to its end.
 
     Args:
       recipe: its config file.
       folder: its work directory.
-      start: work directory of the recipe before it; None leaves the start to the config.
       overrides: settings as NAME=VALUE.
 
     Raises:
       UserError: it failed, or was stopped before its last step.
     """
     arguments = [f"--config={recipe}", f"--workdir={folder}", *(f"--config.{override}" for override in overrides)]
-    if start is not None:
-        arguments.append(f"--config.init_from={start}")
     print(f"$ python -m idefics_jax.train {' '.join(arguments)}", flush=True)
     done = subprocess.run([sys.executable, "-m", "idefics_jax.train", *arguments], check=False)
     if done.returncode or not (folder / SUMMARY_FILE).exists():
         raise UserError(f"{recipe} has not finished; mend what it says above and run the same command again")
 
 
-def main() -> None:
-    recipes = [Path(recipe) for recipe in _RECIPES.value]
-    folders = [Path(_WORKDIR.value, recipe.stem) for recipe in recipes]
-    if len(set(folders)) < len(folders):
-        raise UserError(f"--recipes has two files of one name ({_RECIPES.value}); rename one")
-    for recipe, folder, start in zip(recipes, folders, [None, *folders], strict=False):
+def check(recipe: Path, folder: Path, overrides: list[str]) -> None:
+    """Raises UserError unless the settings can be used and are those of the run that the folder may hold."""
+    values = commands.read_config(str(recipe), overrides).to_dict()
+    try:
+        TrainConfig.from_config_dict(values)
+        check_same_run(values, epath.Path(folder))
+    except UserError as error:
+        raise UserError(f"{recipe}: {error}") from error
+
+
+def run_all(recipes: list[Path], workdir: Path, overrides: list[str]) -> None:
+    """Trains what has not finished yet, each but the first from the weights of the one before, going on in its data.
+
+    Args:
+      recipes: config files, in order.
+      workdir: folder of all.
+      overrides: settings of every recipe, as NAME=VALUE.
+
+    Raises:
+      UserError: see `check` and `run`, or there is no recipe, or two would share a folder.
+    """
+    folders = [workdir / recipe.stem for recipe in recipes]
+    if not recipes or len(set(folders)) < len(folders):
+        raise UserError(f"--recipes is {[str(recipe) for recipe in recipes]}; give at least one, each of its own name")
+    starts = [[], *([f"init_from={folder}", f"data.after={folder}"] for folder in folders)]
+    plans = [(*where, overrides + start) for *where, start in zip(recipes, folders, starts, strict=False)]
+    for recipe, folder, settings in plans:
+        check(recipe, folder, settings)
+    for recipe, folder, settings in plans:
         if (folder / SUMMARY_FILE).exists():
             print(f"{recipe} is trained already: {folder}", flush=True)
         else:
-            run(recipe, folder, start, _OVERRIDES.value)
+            run(recipe, folder, settings)
+
+
+def main() -> None:
+    run_all([Path(recipe) for recipe in _RECIPES.value], Path(_WORKDIR.value), _OVERRIDES.value)
 
 
 if __name__ == "__main__":

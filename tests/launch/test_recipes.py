@@ -18,12 +18,15 @@ import idefics_jax
 from configs.idefics2_8b import chat, instruct, stage1, stage2
 from data_pipelines import digits, messages, pages
 from idefics_jax.convert.orbax import load_model
+from idefics_jax.errors import UserError
 from idefics_jax.param_transforms import paths, positions
 from idefics_jax.training.config import TrainConfig
 from idefics_jax.training.loop import train
+from launch import recipes
 from tests.launch import tiny_recipes
 
 RECIPES = {"stage1": stage1, "stage2": stage2, "instruct": instruct, "chat": chat}
+SEED = 3  # not the recipes' own, to see an override reach every one
 COUNTS = {"pairs": 60, "interleaved": 30, "conversations": 60, "numbers": 1, "warmup": 1, "heldout": 1}
 
 
@@ -68,7 +71,7 @@ def train_first_three(folder: Path) -> None:
     start = None
     for name in list(RECIPES)[:-1]:
         config = tiny_recipes.shrink(RECIPES[name].get_config(), str(folder))
-        config.init_from = config.data.after = start
+        config.seed, config.init_from, config.data.after = SEED, start, start
         values, start = config.to_dict(), str(folder / "work" / name)
         train(TrainConfig.from_config_dict(values), values, epath.Path(start))
 
@@ -82,7 +85,7 @@ def folder(tmp_path_factory):
     train_first_three(folder)
     files = ",".join(str(config_file(folder, name)) for name in RECIPES)
     command = [sys.executable, "-m", "launch.recipes", "--workdir", str(folder / "work"), "--recipes", files]
-    done = subprocess.run([*command, "--override", "seed=3"], capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, "--override", f"seed={SEED}"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     (folder / "said").write_text(done.stdout)
     return folder
@@ -110,6 +113,27 @@ def test_a_stage_goes_on_in_the_sources_of_the_one_before(folder):
     first, second = reached("stage1"), reached("stage2")
     assert first.keys() < second.keys()
     assert all(second[name] > first[name] > 0 for name in first)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([f"seed={SEED}", "steps=77"], r"stage1.py: .*/stage1 holds a run with other settings \(steps: 2 -> 77\)"),
+        ([], r"stage1.py: .* other settings \(seed: 3 -> 0\)"),
+        ([f"seed={SEED}", "foo=1"], "'foo'"),
+        (["seed"], "'seed' sets nothing; write it as NAME=VALUE"),
+        ([f"seed={SEED}", "seed=-1"], "stage1.py: seed is -1"),
+    ],
+)
+def test_overrides_that_a_finished_recipe_was_not_trained_with_are_refused(folder, overrides, message):
+    with pytest.raises(UserError, match=message):
+        recipes.run_all([folder / f"{name}.py" for name in RECIPES], folder / "work", overrides)
+
+
+@pytest.mark.parametrize("files", [[], ["a/stage.py", "b/stage.py"]])
+def test_no_recipe_and_two_of_one_name_are_refused(files, tmp_path):
+    with pytest.raises(UserError, match="give at least one, each of its own name"):
+        recipes.run_all([Path(file) for file in files], tmp_path, [])
 
 
 def test_positions_and_vocabulary_grow_where_they_should(folder):
