@@ -48,8 +48,8 @@ class Augmentation:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise UserError(f"augmentation.{name} is {value!r}; it must lie in [0, 1]")
-        if not self.upscale_to >= _LEAST:
-            raise UserError(f"augmentation.upscale_to is {self.upscale_to!r}; it must be at least {_LEAST}")
+        if not self.upscale_to > _LEAST:
+            raise UserError(f"augmentation.upscale_to is {self.upscale_to!r}; it must be more than {_LEAST}")
         if self.max_turns is not None and self.max_turns < 1:
             raise UserError(f"augmentation.max_turns is {self.max_turns!r}; it must be at least 1, or None for all")
 

@@ -172,8 +172,8 @@ def test_the_form_is_decided_by_the_document_and_again_on_resuming(one_source, p
 def test_impossible_chances_are_refused():
     with pytest.raises(UserError, match="augmentation.upscale is 1.5"):
         Augmentation(upscale=1.5)
-    with pytest.raises(UserError, match="augmentation.upscale_to is 1.0; it must be at least 1.5"):
-        Augmentation(upscale_to=1.0)
+    with pytest.raises(UserError, match="augmentation.upscale_to is 1.5; it must be more than 1.5"):
+        Augmentation(upscale_to=1.5)
     with pytest.raises(UserError, match="shuffle_turns is for kind cauldron or text, not 'pairs'"):
         SourceConfig("mine", "pairs", ("x",), augmentation=Augmentation(shuffle_turns=True))
     with pytest.raises(UserError, match="suffixes, line_break is for kind cauldron or text, not 'pdf'"):
