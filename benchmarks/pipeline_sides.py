@@ -62,7 +62,7 @@ def config(folder: Path, workers: int) -> pipeline.DataConfig:
         lookahead_mib=LOOKAHEAD_MIB,
         rounds=ROUNDS,
         max_bad_fraction=0.0,
-        num_threads=workers,
+        num_threads=workers if workers > 1 else 0,  # one core decodes where it waits
         prefetch=PREFETCH,
         cache_mib=0,
     )
