@@ -22,16 +22,17 @@ USAGE_ERROR = 2
 PLACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR)
 
 
-def run(main: Callable[[], None], *, required: tuple[str, ...] = ()) -> None:
+def run(main: Callable[..., None], *, required: tuple[str, ...] = (), takes_command: bool = False) -> None:
     """Parses the command line, calls `main`, and turns a UserError into one line and exit status 2.
 
     Args:
       main: the command; it reads its flags from `flags.FLAGS`.
       required: flags that must be given.
+      takes_command: whether another command must follow the flags, after `--`; `main` gets its words as a list.
     """
     try:
-        _parse(sys.argv, required)
-        main()
+        rest = _parse(sys.argv, required, takes_command)
+        main(*([rest] if takes_command else []))
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(USAGE_ERROR)
@@ -45,18 +46,25 @@ def run(main: Callable[[], None], *, required: tuple[str, ...] = ()) -> None:
         sys.exit(USAGE_ERROR)
 
 
-def _parse(argv: list[str], required: tuple[str, ...]) -> None:
-    if any(argument in ("-h", "--help", "--helpfull") for argument in argv[1:]):
+def _parse(argv: list[str], required: tuple[str, ...], takes_command: bool) -> list[str]:
+    """Sets the flags, and returns the words after `--` where a command may stand there."""
+    end = argv.index("--") if takes_command and "--" in argv else len(argv)
+    own, rest = argv[:end], argv[end + 1 :]
+    if any(argument in ("-h", "--help", "--helpfull") for argument in own[1:]):
         print(sys.modules["__main__"].__doc__)
         print(flags.FLAGS.main_module_help())
         sys.exit(0)
     with _flag_errors():
-        rest = flags.FLAGS(argv)
-    if len(rest) > 1:
-        raise UserError(f"argument {rest[1]!r} belongs to no flag; write it as --name=value")
+        left = flags.FLAGS(own)
+    if len(left) > 1:
+        where = ", or the command after --" if takes_command else ""
+        raise UserError(f"argument {left[1]!r} belongs to no flag; write it as --name=value{where}")
     for name in required:
         if flags.FLAGS[name].value is None:
             raise UserError(f"--{name} is missing; see --help")
+    if takes_command and not rest:
+        raise UserError("no command is given; write it after --, as in: -- python -m idefics_jax.train --config FILE")
+    return rest
 
 
 @contextlib.contextmanager

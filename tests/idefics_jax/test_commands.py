@@ -71,3 +71,29 @@ def test_help_shows_the_flags_that_are_defined_by_a_function_of_commands():
     )
     for flag in ("--config:", "--workdir:", "--[no]plan:"):
         assert f"  {flag}" in done.stdout
+
+
+WRAPPER = """
+from absl import flags
+from idefics_jax import commands
+
+flags.DEFINE_integer("times", 1, "how often")
+commands.run(lambda words: print(flags.FLAGS.times, words), takes_command=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--times=2", "--", "python", "-m", "x", "--help", "--times=3", "--"],) * 2,
+        (["--times=2"], "error: no command is given; write it after --, as in: -- python"),
+        (["--"], "error: no command is given"),
+        (["python", "--", "x"], "error: argument 'python' belongs to no flag"),
+    ],
+)
+def test_a_command_after_two_dashes_is_left_as_it_is(arguments, said):
+    done = subprocess.run([sys.executable, "-c", WRAPPER, *arguments], capture_output=True, text=True, check=False)
+    if isinstance(said, str):
+        assert done.stderr.startswith(said)
+    else:
+        assert done.stdout == f"2 {arguments[2:]}\n"
