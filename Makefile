@@ -39,7 +39,6 @@ beam: .venv-beam/ready
 bench: .venv/test
 	.venv/bin/python -m benchmarks.vs_transformers
 	.venv/bin/python -m benchmarks.packing
-	.venv/bin/python -m benchmarks.stage_mixes
 	.venv/bin/python -m benchmarks.pipeline
 	.venv/bin/python -m benchmarks.streaming
 	.venv/bin/python -m benchmarks.param_transforms

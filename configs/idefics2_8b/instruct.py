@@ -99,7 +99,7 @@ def get_config() -> ConfigDict:
     config.data.after = None  # no source is read in both stages
     config.data.stages = {"instruct": {"sources": sources(), "documents": None}}
     # Ours: an image that is split takes 326 tokens and 5 images; vision rows as in stage 2.
-    config.data.shape.update({"vision_rows": 7, "patches": 8704, "images": 48})
+    config.data.shape.update({"vision_rows": 7, "patches": 8960, "images": 48})
     return config
 
 
