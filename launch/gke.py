@@ -8,7 +8,6 @@ machines of a run again when one of them fails. The form is JobSet's v1alpha2 (g
 node labels are GKE's (cloud.google.com/kubernetes-engine/docs/concepts/tpus). launch/README.md has the whole way.
 """
 
-import dataclasses
 import subprocess
 from typing import Any
 
@@ -17,41 +16,31 @@ from absl import flags
 
 from idefics_jax import commands
 from idefics_jax.errors import UserError
-from launch.job import GIVE_UP_STATUS, MOUNT, Job, define_flags
+from launch import job as jobs
+from launch.job import GIVE_UP_STATUS, MOUNT, Job
 
 # Of a slice's machines to each other, of the TPU's figures, and of jax.distributed's coordinator.
 _PORTS = (8471, 8431, 8482)
 _EXCLUSIVE = "alpha.jobset.sigs.k8s.io/exclusive-topology"
 _CONTAINER, _VOLUME = "run", "bucket"
 
-_make_job = define_flags()
-_ACCOUNT = flags.DEFINE_string("service_account", "default", "Kubernetes account that may use the bucket")
+flags.adopt_module_key_flags(jobs)
 _QUEUE = flags.DEFINE_string("queue", "", "Kueue's local queue, in a cluster that has Kueue")
-_DRY_RUN = flags.DEFINE_boolean("dry-run", False, "print what would be applied, and stop")
 
 
-@dataclasses.dataclass(frozen=True)
-class Cluster:
-    """What of a cluster a job must name.
-
-    Attributes:
-      service_account: Kubernetes account that may read and write the bucket.
-      queue: Kueue's local queue, or "" where there is no Kueue.
-    """
-
-    service_account: str
-    queue: str
-
-
-def manifest(job: Job, cluster: Cluster) -> dict[str, Any]:
+def manifest(job: Job, queue: str) -> dict[str, Any]:
     """Returns the JobSet of a job.
+
+    Args:
+      job: the job.
+      queue: Kueue's local queue, or "" where there is no Kueue.
 
     Raises:
       UserError: several slices of one machine each, which GKE does not join.
     """
     if job.slices.count > 1 and job.slices.hosts == 1:
         raise UserError(f"GKE joins slices of several machines only, and {job.slices.name} has one a slice; take more")
-    labels = {"labels": {"kueue.x-k8s.io/queue-name": cluster.queue}} if cluster.queue else {}
+    labels = {"labels": {"kueue.x-k8s.io/queue-name": queue}} if queue else {}
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
         "kind": "JobSet",
@@ -69,12 +58,12 @@ def manifest(job: Job, cluster: Cluster) -> dict[str, Any]:
                     {"name": "giveUp", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]},
                 ],
             },
-            "replicatedJobs": [{"name": "slice", "replicas": job.slices.count, "template": _slice(job, cluster)}],
+            "replicatedJobs": [{"name": "slice", "replicas": job.slices.count, "template": _slice(job)}],
         },
     }
 
 
-def _slice(job: Job, cluster: Cluster) -> dict[str, Any]:
+def _slice(job: Job) -> dict[str, Any]:
     """Returns the Job of one slice: a pod on each of its machines, all of them or none."""
     give_up = {"containerName": _CONTAINER, "operator": "In", "values": [GIVE_UP_STATUS]}
     return {
@@ -86,13 +75,13 @@ def _slice(job: Job, cluster: Cluster) -> dict[str, Any]:
             "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": give_up}]},
             "template": {
                 "metadata": {"annotations": {"gke-gcsfuse/volumes": "true"} if job.bucket else {}},
-                "spec": _pod(job, cluster),
+                "spec": _pod(job),
             },
         }
     }
 
 
-def _pod(job: Job, cluster: Cluster) -> dict[str, Any]:
+def _pod(job: Job) -> dict[str, Any]:
     selector = {
         "cloud.google.com/gke-tpu-accelerator": job.slices.gke_accelerator,
         "cloud.google.com/gke-tpu-topology": job.slices.topology,
@@ -101,7 +90,7 @@ def _pod(job: Job, cluster: Cluster) -> dict[str, Any]:
         selector["cloud.google.com/gke-spot"] = "true"
     pod: dict[str, Any] = {
         "restartPolicy": "Never",
-        "serviceAccountName": cluster.service_account,
+        "serviceAccountName": job.service_account or "default",
         "terminationGracePeriodSeconds": job.grace_seconds,
         "nodeSelector": selector,
         "tolerations": [{"key": "google.com/tpu", "operator": "Exists", "effect": "NoSchedule"}],
@@ -139,31 +128,30 @@ def text(content: dict[str, Any]) -> str:
     return yaml.safe_dump(content, sort_keys=False, width=120)
 
 
-def apply(content: dict[str, Any]) -> None:
-    """Gives a manifest to the cluster that kubectl is set to.
+def submit(job: Job) -> None:
+    """Gives a job to the cluster that kubectl is set to, or with --dry-run prints what it would be given.
 
     Raises:
       UserError: there is no kubectl, or the cluster refuses it; it has said why.
     """
+    content = text(manifest(job, _QUEUE.value))
+    if flags.FLAGS["dry-run"].value:
+        print(f"---\n{content}", end="")
+        return
     try:
-        done = subprocess.run(["kubectl", "apply", "-f", "-"], input=text(content), text=True, check=False)
+        done = subprocess.run(["kubectl", "apply", "-f", "-"], input=content, text=True, check=False)
     except FileNotFoundError as error:
         raise UserError("kubectl is not installed; see launch/README.md, or use --dry-run") from error
     if done.returncode:
         raise UserError(f"kubectl apply failed with exit code {done.returncode}; its message stands above")
+    first = f"batch.kubernetes.io/job-name={job.name}-slice-0,batch.kubernetes.io/job-completion-index=0"
+    print(f"state: kubectl get jobset {job.name}")
+    print(f"logs: kubectl logs -f -c {_CONTAINER} -l {first}")
+    print(f"end: kubectl delete jobset {job.name}")
 
 
 def main(command: list[str]) -> None:
-    job = _make_job(command)
-    content = manifest(job, Cluster(_ACCOUNT.value, _QUEUE.value))
-    if _DRY_RUN.value:
-        print(text(content), end="")
-        return
-    apply(content)
-    print(f"watch: kubectl get jobset {job.name}")
-    first = f"batch.kubernetes.io/job-name={job.name}-slice-0,batch.kubernetes.io/job-completion-index=0"
-    print(f"logs:  kubectl logs -f -c {_CONTAINER} -l {first}")
-    print(f"stop:  kubectl delete jobset {job.name}")
+    submit(jobs.from_flags(command))
 
 
 if __name__ == "__main__":

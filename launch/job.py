@@ -2,15 +2,13 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from absl import flags
 
 from idefics_jax.commands import USAGE_ERROR
 from idefics_jax.errors import UserError
 from launch.slices import Slice, find
-
-flags.disclaim_key_flags()  # --help shows a flag with the command that calls define_flags
 
 # Where the bucket's files are found in the container, for reading.
 MOUNT = "/bucket"
@@ -19,9 +17,21 @@ STOPPED_STATUS = 75
 GIVE_UP_STATUS = USAGE_ERROR
 # Set on every machine; a job's own `environment` comes after it.
 ENVIRONMENT = {"IDEFICS_STOPPED_STATUS": str(STOPPED_STATUS), "PYTHONUNBUFFERED": "1"}
-# Google's names: RFC 1035 labels.
+# Google's names are labels of RFC 1035.
 _LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 _LONGEST_NAME = 40  # Kubernetes adds up to 23 more for a pod's
+
+# Adopted by every command that starts jobs.
+flags.DEFINE_string("name", None, "name of the job")
+flags.DEFINE_string("slice", None, "TPU slice, as v5e-256, or several, as 2xv5e-256")
+flags.DEFINE_string("image", None, "container image, HOST/PROJECT/REPOSITORY/NAME:TAG")
+flags.DEFINE_string("bucket", "", f"bucket whose files the command reads under {MOUNT}")
+flags.DEFINE_multi_string("env", [], "NAME=VALUE: a variable of the command; may be repeated")
+flags.DEFINE_string("service_account", "", "account that may use the bucket; the place's own if not given")
+flags.DEFINE_integer("grace_seconds", 600, "from being asked to stop to being killed: two steps and a save")
+flags.DEFINE_integer("max_restarts", 100, "how often a run that died or was stopped is started again")
+flags.DEFINE_boolean("spot", False, "take cheaper capacity that may be taken away")
+flags.DEFINE_boolean("dry-run", False, "print what would be done, and stop")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +45,7 @@ class Job:
       command: words of the command that every machine runs.
       bucket: name of the bucket whose files the command reads under /bucket; "" for none.
       environment: variables of the command, besides ENVIRONMENT.
+      service_account: that may read and write the bucket, Kubernetes' or Google's as the place wants; "" for its own.
       grace_seconds: time between being asked to stop and being killed, where the machine itself stays that long.
       max_restarts: how often a run that has died or been stopped is started again.
       spot: whether cheaper capacity is asked for that may be taken away.
@@ -46,6 +57,7 @@ class Job:
     command: tuple[str, ...]
     bucket: str
     environment: Mapping[str, str]
+    service_account: str
     grace_seconds: int
     max_restarts: int
     spot: bool
@@ -70,20 +82,8 @@ class Job:
         return {**ENVIRONMENT, **self.environment}
 
 
-def define_flags() -> Callable[[list[str]], Job]:
-    """Defines the flags of a job, and returns what makes one of their values and the command's words."""
-    flags.DEFINE_string("name", None, "name of the job")
-    flags.DEFINE_string("slice", None, "TPU slice, as v5e-256, or several, as 2xv5e-256")
-    flags.DEFINE_string("image", None, "container image, HOST/PROJECT/REPOSITORY/NAME:TAG")
-    flags.DEFINE_string("bucket", "", f"bucket whose files the command reads under {MOUNT}")
-    flags.DEFINE_multi_string("env", [], "NAME=VALUE: a variable of the command; may be repeated")
-    flags.DEFINE_integer("grace_seconds", 600, "from being asked to stop to being killed: two steps and a save")
-    flags.DEFINE_integer("max_restarts", 100, "how often a run that died or was stopped is started again")
-    flags.DEFINE_boolean("spot", False, "cheaper capacity that may be taken away")
-    return _job
-
-
-def _job(command: list[str]) -> Job:
+def from_flags(command: list[str]) -> Job:
+    """Returns the job that the flags describe, of the command's words."""
     given = flags.FLAGS
     return Job(
         name=given.name,
@@ -92,6 +92,7 @@ def _job(command: list[str]) -> Job:
         command=tuple(command),
         bucket=given.bucket,
         environment=variables(given.env),
+        service_account=given.service_account,
         grace_seconds=given.grace_seconds,
         max_restarts=given.max_restarts,
         spot=given.spot,

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from idefics_jax.errors import UserError
-from launch.gke import Cluster, manifest, text
+from launch.gke import manifest, text
 from launch.job import Job
 from launch.slices import SLICES, find
 from tests.launch import jobset
@@ -21,11 +21,12 @@ JOB = Job(
     command=("python", "-m", "idefics_jax.train", "--config", "configs/digits.py"),
     bucket="my-bucket",
     environment={"LIBTPU_INIT_ARGS": "--one=1 --two=2"},
+    service_account="trainer",
     grace_seconds=600,
     max_restarts=7,
     spot=True,
 )
-CLUSTER = Cluster(service_account="trainer", queue="pods")
+QUEUE = "pods"
 
 
 def pod_of(content):
@@ -35,14 +36,14 @@ def pod_of(content):
 @pytest.mark.parametrize("name", [*SLICES, "2xv5e-256"])
 def test_manifest_of_every_slice_is_of_the_published_form(name):
     job = dataclasses.replace(JOB, slices=find(name), name="n" * 40)
-    content = yaml.safe_load(text(manifest(job, CLUSTER)))
+    content = yaml.safe_load(text(manifest(job, QUEUE)))
     assert jobset.faults(content) == []
     assert all(map(jobset.is_label, jobset.names(content)))
 
 
 @pytest.mark.parametrize("name", [*SLICES, "2xv5e-256"])
 def test_manifest_asks_for_every_chip_of_the_slice_once(name):
-    content = manifest(dataclasses.replace(JOB, slices=find(name)), CLUSTER)
+    content = manifest(dataclasses.replace(JOB, slices=find(name)), QUEUE)
     (replicated,) = content["spec"]["replicatedJobs"]
     pods = replicated["replicas"] * replicated["template"]["spec"]["completions"]
     assert replicated["template"]["spec"]["parallelism"] == replicated["template"]["spec"]["completions"]
@@ -87,14 +88,14 @@ def number_in_environment(content):
     ],
 )
 def test_the_yardstick_sees_what_is_wrong(spoil, said):
-    content = copy.deepcopy(manifest(JOB, CLUSTER))
+    content = copy.deepcopy(manifest(JOB, QUEUE))
     spoil(content)
     (line,) = jobset.faults(content)
     assert said in line
 
 
 def test_a_run_that_was_stopped_starts_again_and_one_that_must_be_mended_does_not():
-    content = manifest(JOB, CLUSTER)
+    content = manifest(JOB, QUEUE)
     job = content["spec"]["replicatedJobs"][0]["template"]["spec"]
     (container,) = pod_of(content)["containers"]
     status = int(next(item["value"] for item in container["env"] if item["name"] == "IDEFICS_STOPPED_STATUS"))
@@ -108,13 +109,13 @@ def test_a_run_that_was_stopped_starts_again_and_one_that_must_be_mended_does_no
 
 
 def test_the_command_is_run_as_it_is_without_a_shell():
-    (container,) = pod_of(manifest(JOB, CLUSTER))["containers"]
+    (container,) = pod_of(manifest(JOB, QUEUE))["containers"]
     assert container["command"] == list(JOB.command)
     assert {"name": "LIBTPU_INIT_ARGS", "value": "--one=1 --two=2"} in container["env"]
 
 
 def test_without_a_bucket_nothing_is_mounted():
-    content = manifest(dataclasses.replace(JOB, bucket=""), CLUSTER)
+    content = manifest(dataclasses.replace(JOB, bucket=""), QUEUE)
     assert "gcsfuse" not in text(content)
     assert jobset.faults(content) == []
 
@@ -136,7 +137,7 @@ def test_what_google_would_refuse_is_refused_here(changed, said):
 
 def test_slices_of_one_machine_are_not_joined():
     with pytest.raises(UserError, match="GKE joins slices of several machines only, and 2xv5e-8 has one a slice"):
-        manifest(dataclasses.replace(JOB, slices=find("2xv5e-8")), CLUSTER)
+        manifest(dataclasses.replace(JOB, slices=find("2xv5e-8")), QUEUE)
 
 
 def test_dry_run_prints_the_manifest_and_runs_nothing():
