@@ -1,70 +1,100 @@
 """One attention for every part: grouped heads, rotary positions, and masks as data.
 
 What may see what is never a dense [T, S] array held by a caller: it is a few integers a token (`Visibility`), from
-which each block of queries makes its own mask. Long sequences are computed a block of queries at a time under
+which each block of queries makes its own mask. On TPU a kernel computes the blocks that hold a visible pair and no
+others (flash_attention.py). Elsewhere, and for float32, long sequences are computed a block of queries at a time under
 `jax.checkpoint`, so memory grows with the length, not with its square.
 """
 
-import dataclasses
 import functools
+import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec
 
-# Queries computed at once; a shorter sequence is computed whole.
+from idefics_jax.flash_attention import flash_attention
+from idefics_jax.sharding import spec
+from idefics_jax.visibility import Visibility
+
+# Queries computed at once without the kernel; a shorter sequence is computed whole.
 QUERY_BLOCK = 512
+# Queries from which on the kernel is worth its blocks; a step of decoding is a product of a vector.
+KERNEL_QUERIES = 128
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("query_segments", "key_segments", "query_positions", "key_positions"),
-    meta_fields=("window",),
-)
-@dataclasses.dataclass(frozen=True)
-class Visibility:
-    """Which keys a query sees: those of its own segment that are not padding (segment 0).
-
-    With positions, only keys at its own position or before; with a window, only the last `window` of those.
-
-    Attributes:
-      query_segments: int32 [B, T].
-      key_segments: int32 [B, S].
-      query_positions: int32 [B, T], or None where order does not matter.
-      key_positions: int32 [B, S], or None.
-      window: length of the sliding window, or None.
-    """
-
-    query_segments: jax.Array
-    key_segments: jax.Array
-    query_positions: jax.Array | None = None
-    key_positions: jax.Array | None = None
-    window: int | None = None
-
-    def mask(self, query_segments: jax.Array, query_positions: jax.Array | None) -> jax.Array:
-        """Returns bool [B, T, S] for a block of queries."""
-        queries, keys = query_segments[:, :, None], self.key_segments[:, None, :]
-        seen = (queries == keys) & (keys > 0)
-        if query_positions is not None:
-            distance = query_positions[:, :, None] - self.key_positions[:, None, :]
-            seen &= distance >= 0
-            if self.window is not None:
-                seen &= distance < self.window
-        return seen
-
-
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, visibility: Visibility) -> jax.Array:
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    visibility: Visibility,
+    heads: tuple[str, str] = ("heads", "kv_heads"),
+) -> jax.Array:
     """Scaled dot-product attention with grouped key/value heads; softmax in float32.
+
+    On TPU, bfloat16 goes through the kernel unless the queries are few, or rows or heads cannot be dealt out whole to
+    the devices of the mesh.
 
     Args:
       query: [B, T, N, H].
       key: [B, S, K, H], N a multiple of K.
       value: [B, S, K, H].
       visibility: what each query sees. A query that sees nothing gets a finite, meaningless result.
+      heads: logical names of the axes N and K (sharding.RULES).
 
     Returns:
       [B, T, N, H] in the query's dtype.
     """
+    if pltpu.is_tpu_device() and query.dtype == jnp.bfloat16 and query.shape[1] >= KERNEL_QUERIES:
+        placed = _placed(query, key, heads)
+        if placed is not None:
+            return sharded_flash(query, key, value, visibility, placed, interpret=False)
+    return _attend_blocks(query, key, value, visibility)
+
+
+def _placed(query: jax.Array, key: jax.Array, heads: tuple[str, str]) -> tuple[PartitionSpec, PartitionSpec] | None:
+    """Returns how queries, and keys and values, lie on the mesh, or None where they cannot lie evenly."""
+    rules = dict(nn.get_logical_axis_rules())
+    if not rules:
+        return PartitionSpec(), PartitionSpec()
+    found = tuple(spec(("act_batch", None, name, None), rules) for name in heads)
+    sizes = jax.sharding.get_abstract_mesh().shape
+    for x, places in zip((query, key), found, strict=True):
+        for length, axes in zip(x.shape, places, strict=True):
+            if length % math.prod(sizes[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ())):
+                return None
+    return found
+
+
+def sharded_flash(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    visibility: Visibility,
+    placed: tuple[PartitionSpec, PartitionSpec],
+    *,
+    interpret: bool,
+) -> jax.Array:
+    """Runs flash_attention on each device's own rows and heads; nothing is sent between devices.
+
+    Args:
+      query, key, value, visibility, interpret: as flash_attention takes them.
+      placed: how queries, and keys and values, lie on the current mesh; without one, empty.
+    """
+    kernel = functools.partial(flash_attention, interpret=interpret)
+    of_query, of_key = placed
+    if not of_query:
+        return kernel(query, key, value, visibility)
+    rows = jax.tree.map(lambda _: PartitionSpec(of_query[0]), visibility)
+    return jax.shard_map(kernel, in_specs=(of_query, of_key, of_key, rows), out_specs=of_query, check_vma=False)(
+        query, key, value, visibility
+    )
+
+
+def _attend_blocks(query: jax.Array, key: jax.Array, value: jax.Array, visibility: Visibility) -> jax.Array:
     length = query.shape[1]
     if length <= QUERY_BLOCK:
         mask = visibility.mask(visibility.query_segments, visibility.query_positions)

@@ -59,7 +59,8 @@ class Attention(nn.Module):
             y = linear(x, x_a.get(name))
             return y.reshape(*x.shape[:-1], config.num_attention_heads, config.head_dim)
 
-        y = attend(project("q_proj"), project("k_proj"), project("v_proj"), visibility).reshape(x.shape)
+        heads = ("vision_heads", "vision_heads")
+        y = attend(project("q_proj"), project("k_proj"), project("v_proj"), visibility, heads).reshape(x.shape)
         axes = ("vision_heads", "vision_embed")
         return Linear(config.hidden_size, axes, config.initializer_range, self.dtype, use_bias=True, name="out_proj")(y)
 

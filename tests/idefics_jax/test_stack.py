@@ -57,7 +57,7 @@ def test_unrolled_is_scanned_on_parameters_cut_apart():
 
 
 def test_an_unknown_policy_is_refused_by_name():
-    with pytest.raises(ValueError, match="remat is 'some'; choose one of none, linear, full"):
+    with pytest.raises(ValueError, match="remat is 'some'; choose one of none, linear, attention, full"):
         stack(Affine, length=1, remat="some")
 
 

@@ -1,0 +1,380 @@
+"""Attention on TPU that computes only those blocks of scores that hold a visible pair (a kernel in Pallas).
+
+Rows are packed: images in a vision row, documents in a row of text. Which pairs of blocks have anything in common is
+known from their ids before the kernel starts, so the grid is the list of those pairs, and its length the work: the
+sum of the images' squared sizes, not the square of the row's. The list is prefetched; nothing runs for other blocks.
+
+The arithmetic is FlashAttention's (Dao et al., 2022): softmax a block at a time, and a backward pass that recomputes
+the weights from their log-sums, here in one kernel that makes the gradients of queries, keys and values together.
+
+Tokens lie along the lanes, [.., H, T], and scores as [keys, queries]. Maxima and sums of a query then run down the
+sublanes, which costs no shuffling of lanes, and the products with 72 numbers a head do not stream 128: by the
+compiler's schedule for a v5e that is half the cycles of the usual orientation.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from idefics_jax.visibility import Visibility
+
+# Queries and keys of a block of scores. Larger blocks compute more that nobody sees, smaller ones run slower a pair:
+# 256 is the cheapest on each stage's mix by the compiler's schedule (benchmarks.vision_attention).
+BLOCK = 256
+# Heads that a step of the grid computes, where memory allows: their chains of instructions overlap.
+HEADS = 8
+# What is saved of the forward pass carries this name (stack.REMAT_POLICIES).
+SAVED = "attention"
+# Block pairs of one call: their list lies in the scalar memory, of 1 MiB, as one int32 each.
+MAX_PAIRS = 200_000
+_BITS = 10  # of a block's number within its row
+_LOG2E = 1.4426950408889634
+_UNSEEN = -1e30
+
+
+def flash_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, visibility: Visibility, *, interpret: bool
+) -> jax.Array:
+    """Scaled dot-product attention with grouped key/value heads, on one device.
+
+    Args:
+      query: [B, T, N, H].
+      key: [B, S, K, H], N a multiple of K.
+      value: [B, S, K, H].
+      visibility: what each query sees. A query that sees nothing gets zeros.
+      interpret: whether the kernel's operations run one by one, on any device, and not compiled.
+
+    Returns:
+      [B, T, N, H] in the query's dtype.
+
+    Raises:
+      ValueError: more blocks than fit the list of their pairs.
+    """
+    batch, length, _, head_dim = query.shape
+    queries, keys = pl.cdiv(length, BLOCK), pl.cdiv(key.shape[1], BLOCK)
+    if batch * queries * keys > MAX_PAIRS or max(queries, keys) > 2**_BITS:
+        raise ValueError(
+            f"attention of {batch} rows with {queries} x {keys} blocks of {BLOCK}: at most {MAX_PAIRS} pairs of blocks "
+            f"and {2**_BITS} blocks a row can be listed; give each device fewer rows, or shorter ones"
+        )
+    query = query * (head_dim**-0.5 * _LOG2E)  # the kernel's exponentials are powers of two
+    active = active_blocks(visibility)
+    pairs = (*_listed(active), *_listed(active.swapaxes(1, 2)))
+    tables = tuple(x[:, None] for x in _tables(visibility))
+    operands = [_padded(x.transpose(0, 2, 3, 1), -1, 0) for x in (query, key, value)]
+    out = _flash(interpret, *operands, tables, pairs)
+    return out[..., :length].transpose(0, 3, 1, 2)
+
+
+def _padded(x: jax.Array, axis: int, fill: int) -> jax.Array:
+    """Fills an axis up to a multiple of BLOCK."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % BLOCK)
+    return jnp.pad(x, widths, constant_values=fill)
+
+
+def _tables(visibility: Visibility) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns Visibility.ranges filled up to whole blocks with what nothing sees."""
+    return tuple(_padded(x, -1, fill) for x, fill in zip(visibility.ranges(), (1, 0, -1), strict=True))
+
+
+def active_blocks(visibility: Visibility) -> jax.Array:
+    """Returns bool [B, query blocks, key blocks]: whether a pair of blocks may hold a visible pair.
+
+    A pair of blocks is active if the codes that its queries see and those of its keys overlap from end to end, and if
+    they have a segment in common, of which 32 are told apart; so for segments in any order none is missed.
+    """
+    first, last, code = _tables(visibility)
+
+    def blocks(x):
+        return x.reshape(x.shape[0], -1, BLOCK)
+
+    def segments(ids):
+        bits = jnp.where(ids > 0, jnp.left_shift(1, ids % 32), 0)
+        return jax.lax.reduce(blocks(_padded(bits, -1, 0)), 0, jax.lax.bitwise_or, (2,))
+
+    limit = jnp.iinfo(jnp.int32).max
+    lowest = blocks(jnp.where(first <= last, first, limit)).min(2)[:, :, None]
+    highest = blocks(last).max(2)[:, :, None]
+    overlap = lowest <= blocks(code).max(2)[:, None]
+    overlap &= highest >= blocks(jnp.where(code < 0, limit, code)).min(2)[:, None]
+    shared = segments(visibility.query_segments)[:, :, None] & segments(visibility.key_segments)[:, None]
+    return overlap & (shared != 0)
+
+
+def _listed(active: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the active pairs as row, outer and inner block in one int32, in order, and their number, int32 [1].
+
+    An outer block without an active pair has its first one listed, so that each result is written.
+    """
+    rows, outer, inner = active.shape
+    active = active.at[:, :, 0].set(active[:, :, 0] | ~active.any(2))
+    numbers = [jax.lax.broadcasted_iota(jnp.int32, active.shape, axis) for axis in range(3)]
+    packed = (numbers[0] << 2 * _BITS) + (numbers[1] << _BITS) + numbers[2]
+    order = jnp.sort(jnp.where(active, packed, jnp.iinfo(jnp.int32).max).reshape(rows * outer * inner))
+    return order, jnp.sum(active, dtype=jnp.int32)
+
+
+def _unpacked(pair: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns (row, outer block, inner block)."""
+    return pair >> 2 * _BITS, (pair >> _BITS) & (2**_BITS - 1), pair & (2**_BITS - 1)
+
+
+def _ends(pairs: jax.Array, shift: int) -> tuple[jax.Array, jax.Array]:
+    """Returns whether this step is the first, and the last, of those with the same row (or row and outer block)."""
+    step, steps = pl.program_id(1), pl.num_programs(1)
+    own = pairs[step] >> shift
+    begins = (step == 0) | (pairs[jnp.maximum(step - 1, 0)] >> shift != own)
+    return begins, (step == steps - 1) | (pairs[jnp.minimum(step + 1, steps - 1)] >> shift != own)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _flash(interpret, query, key, value, tables, pairs):
+    return _forward(interpret, query, key, value, tables, pairs)[0]
+
+
+def _flash_fwd(interpret, query, key, value, tables, pairs):
+    out, logsum = (checkpoint_name(x, SAVED) for x in _forward(interpret, query, key, value, tables, pairs))
+    return out, (query, key, value, tables, pairs, out, logsum)
+
+
+def _flash_bwd(interpret, saved, gradient):
+    query, key, value, tables, pairs, out, logsum = saved
+    weighted = jnp.sum(out.astype(jnp.float32) * gradient.astype(jnp.float32), axis=2, keepdims=True)
+    gradients = _backward(interpret, query, key, value, gradient, logsum, weighted, tables, pairs)
+    return (*gradients, None, None)
+
+
+_flash.defvjp(_flash_fwd, _flash_bwd)
+
+
+def _heads_a_step(heads: int, group: int, bytes_a_head: int) -> int:
+    """Returns how many query heads a step computes: whole groups of them or a part of one, at most half of all.
+
+    (A chip of two cores shares out the heads' steps.)
+    """
+    room = _vmem() * 5 // 8
+    fits = [n for n in range(1, HEADS + 1) if heads % n == 0 and (n % group == 0 or group % n == 0) and 2 * n <= heads]
+    return max((n for n in fits if n * bytes_a_head <= room), default=1)
+
+
+def _vmem() -> int:
+    """Returns the bytes of a core's vector memory; where there is no TPU, those of the smallest, a v4's."""
+    return pltpu.get_tpu_info().vmem_capacity_bytes if pltpu.is_tpu_device() else 2**24
+
+
+def _forward(interpret, query, key, value, tables, pairs):
+    """Returns the result [B, N, H, T], and the base-2 logarithm of each query's sum of weights, [B, N, 1, T]."""
+    batch, heads, head_dim, length = query.shape
+    group = heads // key.shape[1]
+    # Double-buffered blocks of queries, keys, values and results.
+    step = _heads_a_step(heads, group, 16 * BLOCK * head_dim)
+    kv_step = max(1, step // group)
+    of_query, of_key = _row_specs(outer_is_query=True)
+    q_spec, kv_spec = (
+        pl.BlockSpec((None, n, head_dim, BLOCK), index)
+        for n, index in (
+            (step, _index(lambda h: h, outer=True)),
+            (kv_step, _index(lambda h: h * step // group // kv_step, outer=False)),
+        )
+    )
+    sum_spec = pl.BlockSpec((None, step, 1, BLOCK), _index(lambda h: h, outer=True))
+    return pl.pallas_call(
+        functools.partial(_forward_step, step=step, group=group),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(heads // step, pairs[1]),
+            in_specs=[of_query, of_query, of_key, q_spec, kv_spec, kv_spec],
+            out_specs=[q_spec, sum_spec],
+            scratch_shapes=[
+                pltpu.VMEM((step, 1, BLOCK), jnp.float32),
+                pltpu.VMEM((step, 1, BLOCK), jnp.float32),
+                pltpu.VMEM((step, head_dim, BLOCK), jnp.float32),
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct(query.shape, query.dtype),
+            jax.ShapeDtypeStruct((batch, heads, 1, length), jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        interpret=interpret,
+        name="flash_attention_forward",
+    )(pairs[0], *tables, query, key, value)
+
+
+def _forward_step(pairs, first, last, code, query, key, value, out, logsum, maximum, total, weighted, *, step, group):
+    begins, ends = _ends(pairs, _BITS)
+
+    @pl.when(begins)
+    def _():
+        maximum[...] = jnp.full_like(maximum, _UNSEEN)
+        total[...] = jnp.zeros_like(total)
+        weighted[...] = jnp.zeros_like(weighted)
+
+    seen = _seen(first, last, code)
+    for head in range(step):
+        kv = head // group
+        scores = jnp.where(seen, _dot(key[kv], query[head], (0, 0)), _UNSEEN)
+        old = maximum[head]
+        new = jnp.maximum(old, jnp.max(scores, axis=0, keepdims=True))
+        weights, decay = jnp.exp2(scores - new), jnp.exp2(old - new)
+        maximum[head] = new
+        total[head] = total[head] * decay + jnp.sum(weights, axis=0, keepdims=True)
+        weighted[head] = weighted[head] * decay + _dot(value[kv], weights.astype(value.dtype), (1, 0))
+
+    @pl.when(ends)
+    def _():
+        for head in range(step):
+            found = maximum[head] > _UNSEEN
+            out[head] = jnp.where(found, weighted[head] / total[head], 0.0).astype(out.dtype)
+            logsum[head] = maximum[head] + jnp.log2(total[head])
+
+
+def _seen(first, last, code) -> jax.Array:
+    """Returns bool [keys, queries] of a pair of blocks."""
+    codes = jnp.broadcast_to(code[...], (128, BLOCK)).T[:, :1]
+    return (codes >= first[...]) & (codes <= last[...])
+
+
+def _dot(a: jax.Array, b: jax.Array, contracted: tuple[int, int]) -> jax.Array:
+    dims = (((contracted[0],), (contracted[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+
+
+def _index(heads, *, outer: bool):
+    """Returns where in [B, heads, H, tokens] a step finds its block."""
+
+    def index(head, step, pairs):
+        row, *blocks = _unpacked(pairs[step])
+        return row, heads(head), 0, blocks[0 if outer else 1]
+
+    return index
+
+
+def _row_specs(*, outer_is_query: bool) -> tuple[pl.BlockSpec, pl.BlockSpec]:
+    """Returns where a step finds the tables of its queries and of its keys, [B, 1, tokens]."""
+
+    def spec(outer):
+        def index(head, step, pairs):
+            row, *blocks = _unpacked(pairs[step])
+            return row, 0, blocks[0 if outer else 1]
+
+        return pl.BlockSpec((None, 1, BLOCK), index)
+
+    return spec(outer_is_query), spec(not outer_is_query)
+
+
+def _backward(interpret, query, key, value, gradient, logsum, weighted, tables, pairs):
+    """Returns the gradients of query, key and value.
+
+    `logsum` is the forward pass's, `weighted` the product of each query's result and its gradient, [B, N, 1, T].
+    """
+    batch, heads, head_dim, length = query.shape
+    group = heads // key.shape[1]
+    # The float32 sum of a row's gradient, and the two buffers it is written from.
+    row_bytes = (4 + 2 * query.dtype.itemsize) * length * head_dim
+    step = _heads_a_step(heads, group, row_bytes)
+    kv_step = max(1, step // group)
+    of_query, of_key = _row_specs(outer_is_query=False)
+    q_index = _index(lambda h: h, outer=False)
+    q_spec, sum_spec = (pl.BlockSpec((None, step, size, BLOCK), q_index) for size in (head_dim, 1))
+    kv_index = _index(lambda h: h * step // group // kv_step, outer=True)
+    kv_spec = pl.BlockSpec((None, kv_step, head_dim, BLOCK), kv_index)
+    row_spec = pl.BlockSpec((None, step, head_dim, length), lambda h, s, p: (_unpacked(p[s])[0], h, 0, 0))
+    # Where a step has only part of a group, its part of the gradients of keys and values is summed below.
+    parts = heads // step * kv_step
+    part_spec = pl.BlockSpec((None, kv_step, head_dim, BLOCK), _index(lambda h: h, outer=True))
+    part = jax.ShapeDtypeStruct((batch, parts, *key.shape[2:]), key.dtype if step >= group else jnp.float32)
+    of_queries, of_keys, of_values = pl.pallas_call(
+        functools.partial(_backward_step, step=step, group=group),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(heads // step, pairs[3]),
+            in_specs=[of_query, of_query, of_key, q_spec, kv_spec, kv_spec, q_spec, sum_spec, sum_spec],
+            out_specs=[row_spec, part_spec, part_spec],
+            scratch_shapes=[
+                pltpu.VMEM((step, head_dim, length), jnp.float32),
+                pltpu.VMEM((kv_step, head_dim, BLOCK), jnp.float32),
+                pltpu.VMEM((kv_step, head_dim, BLOCK), jnp.float32),
+            ],
+        ),
+        out_shape=[jax.ShapeDtypeStruct(query.shape, query.dtype), part, part],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=min(_vmem(), step * row_bytes + 2**23)
+        ),
+        interpret=interpret,
+        name="flash_attention_backward",
+    )(pairs[2], *tables, query, key, value, gradient, logsum, weighted)
+    if step < group:
+        of_keys, of_values = (
+            x.reshape(batch, key.shape[1], -1, *key.shape[2:]).sum(2).astype(key.dtype) for x in (of_keys, of_values)
+        )
+    return of_queries, of_keys, of_values
+
+
+def _backward_step(
+    pairs,
+    first,
+    last,
+    code,
+    query,
+    key,
+    value,
+    gradient,
+    logsum,
+    weighted,
+    of_query,
+    of_key,
+    of_value,
+    query_sum,
+    key_sum,
+    value_sum,
+    *,
+    step,
+    group,
+):
+    row_begins, row_ends = _ends(pairs, 2 * _BITS)
+    begins, ends = _ends(pairs, _BITS)
+
+    @pl.when(row_begins)
+    def _():
+        @pl.loop(0, query_sum.shape[2] // BLOCK)
+        def _(block):
+            query_sum[:, :, _tokens(block)] = jnp.zeros((step, query_sum.shape[1], BLOCK), jnp.float32)
+
+    @pl.when(begins)
+    def _():
+        key_sum[...] = jnp.zeros_like(key_sum)
+        value_sum[...] = jnp.zeros_like(value_sum)
+
+    seen = _seen(first, last, code)
+    queries = _tokens(_unpacked(pairs[pl.program_id(1)])[2])
+    for head in range(step):
+        kv = head // group
+        scores = _dot(key[kv], query[head], (0, 0))
+        weights = jnp.where(seen, jnp.exp2(scores - logsum[head]), 0.0)
+        value_sum[kv] += _dot(gradient[head], weights.astype(gradient.dtype), (1, 1))
+        of_weights = _dot(value[kv], gradient[head], (0, 0))
+        of_scores = (weights * (of_weights - weighted[head])).astype(key.dtype)
+        key_sum[kv] += _dot(query[head], of_scores, (1, 1))
+        query_sum[head, :, queries] += _dot(key[kv], of_scores, (1, 0))
+
+    # Scores are in powers of two: their derivative has a factor of ln 2.
+    @pl.when(ends)
+    def _():
+        of_key[...] = (key_sum[...] / _LOG2E).astype(of_key.dtype)
+        of_value[...] = value_sum[...].astype(of_value.dtype)
+
+    @pl.when(row_ends)
+    def _():
+        @pl.loop(0, query_sum.shape[2] // BLOCK)
+        def _(block):
+            of_query[:, :, _tokens(block)] = (query_sum[:, :, _tokens(block)] / _LOG2E).astype(of_query.dtype)
+
+
+def _tokens(block) -> pl.Slice:
+    return pl.ds(block * BLOCK, BLOCK)
