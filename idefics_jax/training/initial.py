@@ -66,26 +66,31 @@ def from_sections(config: TrainConfig, *, image_token_id: int) -> Idefics2Config
 
 
 def check_processor(config: TrainConfig, sizes: Idefics2Config, processor: Processor) -> None:
-    """Raises UserError unless the processor's images and tokens fit the model."""
+    """Raises UserError unless the processor's images and tokens fit the model; it names every setting that does not."""
     tokenizer, rules = processor.tokenizer, processor.image_rules
-    for name, of_model, of_processor in (
-        ("image_token_id", sizes.image_token_id, tokenizer.image_token_id),
-        ("number of tokens an image", sizes.perceiver_config.resampler_n_latents, processor.num_latents),
-        ("patch size", sizes.vision_config.patch_size, rules.patch_size),
-        ("positions a side", sizes.vision_config.positions_per_side, rules.positions_per_side),
-    ):
-        if of_model != of_processor:
-            raise UserError(
-                f"the model's {name} is {of_model}, that of processor {config.processor!r} is {of_processor}; "
-                "change the one in the config's model section or choose another processor"
-            )
+    vision, edge = sizes.vision_config, rules.positions_per_side * rules.patch_size
     talks = any(source.kind in CONVERSATIONS for stage in config.data.stages for source in stage.sources)
-    needed = tokenizer.vocab_size if talks else tokenizer.end_of_utterance_id
-    if needed > sizes.text_config.vocab_size:
+    ids = max(sizes.text_config.vocab_size, tokenizer.vocab_size if talks else tokenizer.end_of_utterance_id)
+    wrong = [
+        f"model.{setting} is {of_model} and must be {of_processor}"
+        for setting, of_model, of_processor in (
+            ("image_token_id", sizes.image_token_id, tokenizer.image_token_id),
+            (
+                "perceiver_config.resampler_n_latents",
+                sizes.perceiver_config.resampler_n_latents,
+                processor.num_latents,
+            ),
+            ("vision_config.patch_size", vision.patch_size, rules.patch_size),
+            ("vision_config.image_size", vision.positions_per_side * vision.patch_size, edge),
+            ("text_config.vocab_size", sizes.text_config.vocab_size, ids),
+        )
+        if of_model != of_processor
+    ]
+    if wrong:
         raise UserError(
-            f"the tokenizer of {config.processor!r} has {needed} ids, the model's vocabulary "
-            f"{sizes.text_config.vocab_size}; raise model.text_config.vocab_size, or set grow_vocabulary to add rows "
-            "to the weights of init_from"
+            f"the processor {config.processor!r} does not fit the model: {'; '.join(wrong)}. Change the config's model "
+            "section, choose another processor, or let the weights of init_from grow (grow_vocabulary, "
+            "resize_positions)"
         )
 
 

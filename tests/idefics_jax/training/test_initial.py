@@ -147,7 +147,7 @@ def test_another_run_s_model_is_grown_to_the_processor(values, pretrained):
 
 def test_a_model_without_the_row_that_conversations_need_is_refused(values, pretrained):
     values |= {"init_from": str(pretrained), "model": {}, "init_std": (), "resize_positions": True}
-    with pytest.raises(UserError, match="has 403 ids, the model's vocabulary 402; .* or set grow_vocabulary"):
+    with pytest.raises(UserError, match="text_config.vocab_size is 402 and must be 403.* .grow_vocabulary"):
         start(values)
 
 

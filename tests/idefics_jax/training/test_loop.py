@@ -164,7 +164,7 @@ def test_a_work_directory_that_is_a_file_is_refused(values, tmp_path):
 
 def test_a_model_that_does_not_fit_the_processor_is_refused(values, tmp_path):
     values["model"]["text_config"]["vocab_size"] = 402
-    with pytest.raises(UserError, match="has 403 ids, the model's vocabulary 402"):
+    with pytest.raises(UserError, match="text_config.vocab_size is 402 and must be 403"):
         run(values, tmp_path)
 
 
