@@ -185,10 +185,10 @@ def loss_peaks(mesh: Any) -> tuple[int, int]:
     head = jax.ShapeDtypeStruct((text.hidden_size, text.vocab_size), jnp.bfloat16, sharding=whole)
 
     def loss(hidden, head, tokens, weights, chunk):
-        def logits(x, _):
+        def logits(head, x, *_):
             return jnp.matmul(x, head, preferred_element_type=jnp.float32)
 
-        return next_token_loss(hidden, tokens, weights, logits, chunk=chunk)["loss"]
+        return next_token_loss(hidden, tokens, weights, head, logits, chunk=chunk)["loss"]
 
     def peak(chunk):
         gradient = jax.grad(functools.partial(loss, chunk=chunk), argnums=(0, 1))

@@ -7,7 +7,6 @@ others (flash_attention.py). Elsewhere, and for float32, long sequences are comp
 """
 
 import functools
-import math
 
 import flax.linen as nn
 import jax
@@ -17,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
 from idefics_jax.flash_attention import flash_attention
-from idefics_jax.sharding import spec
+from idefics_jax.sharding import mesh_axes
 from idefics_jax.visibility import Visibility
 
 # Queries computed at once without the kernel; a shorter sequence is computed whole.
@@ -35,8 +34,7 @@ def attend(
 ) -> jax.Array:
     """Scaled dot-product attention with grouped key/value heads; softmax in float32.
 
-    On TPU, bfloat16 goes through the kernel unless the queries are few, or rows or heads cannot be dealt out whole to
-    the devices of the mesh.
+    On TPU, bfloat16 goes through the kernel unless the queries are few.
 
     Args:
       query: [B, T, N, H].
@@ -49,24 +47,8 @@ def attend(
       [B, T, N, H] in the query's dtype.
     """
     if pltpu.is_tpu_device() and query.dtype == jnp.bfloat16 and query.shape[1] >= KERNEL_QUERIES:
-        placed = _placed(query, key, heads)
-        if placed is not None:
-            return sharded_flash(query, key, value, visibility, placed, interpret=False)
+        return sharded_flash(query, key, value, visibility, heads, interpret=False)
     return _attend_blocks(query, key, value, visibility)
-
-
-def _placed(query: jax.Array, key: jax.Array, heads: tuple[str, str]) -> tuple[PartitionSpec, PartitionSpec] | None:
-    """Returns how queries, and keys and values, lie on the mesh, or None where they cannot lie evenly."""
-    rules = dict(nn.get_logical_axis_rules())
-    if not rules:
-        return PartitionSpec(), PartitionSpec()
-    found = tuple(spec(("act_batch", None, name, None), rules) for name in heads)
-    sizes = jax.sharding.get_abstract_mesh().shape
-    for x, places in zip((query, key), found, strict=True):
-        for length, axes in zip(x.shape, places, strict=True):
-            if length % math.prod(sizes[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ())):
-                return None
-    return found
 
 
 def sharded_flash(
@@ -74,22 +56,23 @@ def sharded_flash(
     key: jax.Array,
     value: jax.Array,
     visibility: Visibility,
-    placed: tuple[PartitionSpec, PartitionSpec],
+    heads: tuple[str, str],
     *,
     interpret: bool,
 ) -> jax.Array:
-    """Runs flash_attention on each device's own rows and heads; nothing is sent between devices.
+    """Runs flash_attention on each device's own rows and heads of the current mesh; nothing is sent between devices.
 
-    Args:
-      query, key, value, visibility, interpret: as flash_attention takes them.
-      placed: how queries, and keys and values, lie on the current mesh; without one, empty.
+    Rows that cannot be dealt out evenly are computed everywhere, and so are heads. Arguments: as `attend` and
+    flash_attention take them.
     """
     kernel = functools.partial(flash_attention, interpret=interpret)
-    of_query, of_key = placed
-    if not of_query:
+    if not nn.get_logical_axis_rules():
         return kernel(query, key, value, visibility)
-    rows = jax.tree.map(lambda _: PartitionSpec(of_query[0]), visibility)
-    return jax.shard_map(kernel, in_specs=(of_query, of_key, of_key, rows), out_specs=of_query, check_vma=False)(
+    rows = mesh_axes("act_batch", query.shape[0])
+    cut = mesh_axes(heads[0], query.shape[2])
+    cut = cut if cut == mesh_axes(heads[1], key.shape[2]) else ()  # a group of heads stays with its keys
+    place, of_rows = PartitionSpec(rows, None, cut), jax.tree.map(lambda _: PartitionSpec(rows), visibility)
+    return jax.shard_map(kernel, in_specs=(place, place, place, of_rows), out_specs=place, check_vma=False)(
         query, key, value, visibility
     )
 

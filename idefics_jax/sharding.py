@@ -24,6 +24,7 @@ _ACTIVATIONS = {
     "act_length": None,
     "act_patches": None,
     "act_embed": None,
+    "act_vocab": None,
 }
 _REPLICATED = {
     "layers": None,
@@ -47,7 +48,9 @@ RULES: dict[str, dict[str, Any]] = {
     "fsdp_tensor": {
         **_FSDP,
         **_ACTIVATIONS,
-        # Not vocab: the released vocabulary, 32,003, is prime, so no number of devices divides it.
+        # Not vocab: the released vocabulary, 32,003, is prime, so no number of devices divides it. Logits are cut all
+        # the same (training/losses.py), each device then taking its columns of a head that all of them have.
+        "act_vocab": "tensor",
         **dict.fromkeys(("mlp", "heads", "kv_heads", "vision_heads", "vision_mlp"), "tensor"),
     },
 }
@@ -126,6 +129,17 @@ def constrain(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
     """
     rules = nn.get_logical_axis_rules()
     return jax.lax.with_sharding_constraint(x, spec(names, dict(rules))) if rules else x
+
+
+def mesh_axes(name: str, length: int) -> tuple[str, ...]:
+    """Returns the axes of the current mesh that a dim of this name and length is cut along.
+
+    Outside `use_mesh`, or where the devices along them do not divide the length, none.
+    """
+    rules = dict(nn.get_logical_axis_rules())
+    axes = spec((name,), rules)[0] if rules else None
+    axes = (axes,) if isinstance(axes, str) else axes or ()
+    return axes if length % math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes) == 0 else ()
 
 
 def logical_axes(boxed: Any) -> Any:

@@ -59,6 +59,11 @@ class Idefics2(nn.Module):
         text, tie = config.text_config, config.tie_word_embeddings
         self.text_model = Mistral(text, tie, self.dtype, self.remat, self.unroll)
 
+    @property
+    def head(self) -> str:
+        """The submodule of the text model whose variables `logits` reads."""
+        return "embed_tokens" if self.config.tie_word_embeddings else "lm_head"
+
     def embed_images(self, batch: Batch) -> jax.Array:
         """Returns the latents [B, I, Q, D] of a batch's images."""
         ids = batch["patch_image_ids"]

@@ -46,13 +46,18 @@ def batch_sums(
 ) -> dict[str, jax.Array]:
     """Returns the float32 sums of losses.next_token_loss over a batch; `rngs` are the keys of training's noise."""
     hidden, _ = model.apply(model_variables, batch, rngs=rngs)
+    head = {
+        collection: {"text_model": {model.head: tree["text_model"][model.head]}}
+        for collection, tree in model_variables.items()
+        if model.head in tree.get("text_model", {})
+    }
 
-    def logits(x, index):
-        # Each chunk drops out of the head's input anew.
-        of_chunk = {name: jax.random.fold_in(key, index) for name, key in rngs.items()}
-        return model.apply(model_variables, x, rngs=of_chunk, method=Idefics2.logits)
+    def logits(head, x, index, row):
+        # Each chunk drops out of the head's input anew, each row by itself, whatever device it lies on.
+        keys = {name: jax.random.fold_in(jax.random.fold_in(key, index), row) for name, key in rngs.items()}
+        return model.apply(head, x, rngs=keys, method=Idefics2.logits)
 
-    return next_token_loss(hidden, batch["tokens"], batch["loss_weights"], logits, chunk=chunk)
+    return next_token_loss(hidden, batch["tokens"], batch["loss_weights"], head, logits, chunk=chunk)
 
 
 def make_train_step(

@@ -127,8 +127,11 @@ class Twin:
 
         def loss(params, batch):
             hidden, _ = self.model.apply({"params": params}, batch)
-            logits = functools.partial(self.model.apply, {"params": params}, method="logits")
-            sums = next_token_loss(hidden, batch["tokens"], batch["loss_weights"], logits, chunk=8)
+
+            def logits(params, x, *_):
+                return self.model.apply({"params": params}, x, method="logits")
+
+            sums = next_token_loss(hidden, batch["tokens"], batch["loss_weights"], params, logits, chunk=8)
             return sums["loss"] / sums["weight"]
 
         value, grads = jit(jax.value_and_grad(loss))(self.params, batch)

@@ -121,6 +121,7 @@ def test_the_blocks_computed_are_those_that_hold_a_visible_pair(make):
     assert active.sum() == wanted.sum()
 
 
+@pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
 @pytest.mark.parametrize("name", ["v5e-8", "v4-8", "v5p-8"])
 def test_the_kernel_is_compiled_for_each_tpu_and_sends_nothing(name):
     """Head dim 72, rows over `data` and heads over `tensor`."""

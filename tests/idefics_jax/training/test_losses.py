@@ -23,7 +23,7 @@ def inputs():
 
 
 def chunked(hidden, kernel, weights, tokens, chunk):
-    return next_token_loss(hidden, tokens, weights, lambda x, _: x @ kernel, chunk=chunk)
+    return next_token_loss(hidden, tokens, weights, kernel, lambda head, x, *_: x @ head, chunk=chunk)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 20, 64])
@@ -45,10 +45,12 @@ def test_equals_the_plain_loss_with_its_gradient(chunk):
     np.testing.assert_allclose(sums["weight"], jnp.sum(weights), rtol=1e-5)
 
 
-def test_a_head_is_told_which_chunk_it_scores():
+def test_a_head_is_told_which_chunk_of_which_row_it_scores():
     (hidden, kernel, weights), tokens = inputs()
-    by_chunk = next_token_loss(hidden, tokens, weights, lambda x, index: (1 + index) * (x @ kernel), chunk=8)
-    factors = np.repeat([1.0, 2.0, 3.0], 8)[None, :T, None]
+    by_chunk = next_token_loss(
+        hidden, tokens, weights, kernel, lambda head, x, index, row: (1 + index) * (1 + row) * (x @ head), chunk=8
+    )
+    factors = np.repeat([1.0, 2.0, 3.0], 8)[None, :T, None] * np.array([1.0, 2.0, 3.0])[:, None, None]
     wanted = chunked(factors * hidden, kernel, weights, tokens, T)
     np.testing.assert_allclose(by_chunk["loss"], wanted["loss"], rtol=1e-5)
 

@@ -1,0 +1,42 @@
+"""What runs under shard_map, the attention kernel and the loss, on 8 devices against its twin on one."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def found() -> dict:
+    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    flags += " --xla_cpu_use_fusion_emitters=false"  # all three: compile fast
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    command = [sys.executable, "-m", "tests.idefics_jax.sharded_kernels"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", ["attention", "loss"])
+def test_results_and_gradients_are_those_of_one_device(name, found):
+    assert found[name]["error"] <= 1e-5
+
+
+def test_attention_sends_nothing(found):
+    assert found["attention"]["sent in loops"] == found["attention"]["sent"] == []
+
+
+def test_a_chunk_of_the_loss_sends_numbers_of_a_token_and_no_logits(found):
+    """The head is gathered, and its gradient summed, outside the loop; logits [1, 8, 37] lie as [1, 8, 19]."""
+    sent = " ".join(found["loss"]["sent in loops"])
+    assert set(re.findall(r"all-\w+|collective-\w+|reduce-scatter", sent)) == {"all-reduce"}
+    assert set(re.findall(r"\[[\d,]+\]", sent)) == {"[1,8]", "[1,8,8]"}  # 8 positions, and 8 numbers of each
+    assert "all-gather" in found["loss"]["sent"]
+    assert "f32[1,8,19]" in found["loss"]["shapes"]
+    assert "f32[1,8,37]" not in found["loss"]["shapes"]
