@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -80,31 +81,40 @@ def _flag_errors() -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
+def call(path: str, function: str, *arguments: str) -> Any:
+    """Runs a config file, which is a program, and returns what a function of it does.
+
+    Raises:
+      UserError: there is no such file or function, or either raises.
+    """
+    if not Path(path).is_file():
+        here = sorted(str(p) for p in Path("configs").glob("**/*.py") if p.name != "__init__.py")
+        close = difflib.get_close_matches(path, here, 1, cutoff=0.0)
+        raise UserError(f"there is no file {path!r}; nearest is {close[0] if close else 'none here'}")
+    try:
+        spec = importlib.util.spec_from_file_location("config_file", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return getattr(module, function)(*arguments)
+    except UserError:
+        raise
+    except Exception as error:
+        lines = [at.lineno for at in traceback.extract_tb(error.__traceback__) if at.filename == path]
+        where = f", line {lines[-1]}" if lines else ""
+        raise UserError(f"{path}{where} raises {type(error).__name__}: {error}; mend the config file") from error
+
+
 class ConfigFile(flags.ArgumentParser):
-    """Reads FILE[:argument] into a locked ConfigDict. A config file is a program: what it raises becomes a sentence."""
+    """Reads FILE[:argument] into a locked ConfigDict: what the file's `get_config` returns."""
 
     def parse(self, value: str) -> ConfigDict:
-        """Runs the file and returns what its `get_config` does.
+        """Returns the config.
 
         Raises:
-          UserError: there is no such file, it has no `get_config`, or that raises or returns something else.
+          UserError: see `call`, or `get_config` returns something else.
         """
         path, colon, argument = value.partition(":")
-        if not Path(path).is_file():
-            here = sorted(str(p) for p in Path("configs").glob("**/*.py") if p.name != "__init__.py")
-            close = difflib.get_close_matches(path, here, 1, cutoff=0.0)
-            raise UserError(f"there is no file {path!r}; nearest is {close[0] if close else 'none here'}")
-        try:
-            spec = importlib.util.spec_from_file_location("config_file", path)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-            config = module.get_config(*([argument] if colon else []))
-        except UserError:
-            raise
-        except Exception as error:
-            lines = [at.lineno for at in traceback.extract_tb(error.__traceback__) if at.filename == path]
-            where = f", line {lines[-1]}" if lines else ""
-            raise UserError(f"{path}{where} raises {type(error).__name__}: {error}; mend the config file") from error
+        config = call(path, "get_config", *([argument] if colon else []))
         if not isinstance(config, ConfigDict):
             raise UserError(
                 f"get_config returns a {type(config).__name__}; it must return an ml_collections.ConfigDict"

@@ -1,56 +1,45 @@
-"""Runs every arm of a comparison on several seeds, one after another, and leaves a table and a picture.
+"""Runs the numbered runs of a comparison, here or on rented slices, and makes a table and a picture of those finished.
 
-    python -m launch.sweep --config configs/sweeps/adaptation.py [--config.workdir=DIR] [--config.seeds='(0,)']
+    python -m launch.sweep --config configs/sweeps/adaptation.py [--workdir DIR] [--runs 0,4] [--dry-run]
+    python -m launch.sweep --config FILE --workdir gs://BUCKET/FOLDER --backend jobset --name rates --slice v5e-16 ...
+    python -m launch.sweep --config FILE --workdir gs://BUCKET/FOLDER --report
 
-A sweep's config file returns, without an argument, what to run, and with an arm's name that arm's training config; so
-each run is an ordinary command, printed before it starts, that can be run alone. A run that has finished is not run
-again: the same command goes on with a sweep that was stopped. A run that fails is named at the end; the others go on.
+The file's `sweep()` says what the runs are. Each is an ordinary training in a folder of its own, called by its number;
+the settings of all are checked before the first one starts. Backends:
+
+    local    one after another on this machine. What has finished is not run again, so that the same command goes on
+             with a sweep that was stopped; a run that fails is named at the end, and the others go on.
+    tpu-vm   one request to Google's queue for each run (launch/tpu_vm.py)
+    jobset   one JobSet for each run (launch/gke.py)
+
+The last two only ask: when each run starts is for the queue and the cluster to say.
 """
 
-import dataclasses
-import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from absl import flags
+from etils import epath
 
-from idefics_jax import commands, settings
+from idefics_jax import commands
 from idefics_jax.errors import UserError
 from idefics_jax.training.summary import SUMMARY_FILE
-from launch.sweep_report import Result, draw, table
+from launch import gke, sweep_runs, tpu_vm
+from launch import job as jobs
+from launch.sweep_report import collect, write
+from launch.sweep_runs import Sweep
 
-_CONFIG = commands.define_config(None, "what to compare, configs/sweeps/NAME.py")
+BACKENDS = {"tpu-vm": tpu_vm.submit, "jobset": gke.submit}
 
-
-@dataclasses.dataclass(frozen=True)
-class SweepConfig:
-    """A comparison.
-
-    Attributes:
-      workdir: folder of all its runs.
-      data: module and arguments of the command that writes the data, or empty.
-      pretrain: argument of the config file for the run that all arms start from, or "" for none.
-      arms: arguments of the config file, one an arm.
-      seeds: each arm is run on each.
-      evaluate: config file of the evaluation.
-      metric: of that evaluation, the one compared.
-    """
-
-    workdir: str
-    data: tuple[str, ...]
-    pretrain: str
-    arms: tuple[str, ...]
-    seeds: tuple[int, ...]
-    evaluate: str
-    metric: str
-
-    def __post_init__(self):
-        for name in ("arms", "seeds"):
-            values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
-                raise UserError(f"{name} is {values}; give at least one, each once")
+flags.adopt_module_key_flags(jobs)
+_CONFIG = flags.DEFINE_string("config", None, "FILE[:argument] whose sweep() says what to run")
+_WORKDIR = commands.define_folder("workdir", None, "folder of all runs; the sweep's own if not given")
+_RUNS = flags.DEFINE_list("runs", [], "numbers of the runs; all if not given")
+_BACKEND = flags.DEFINE_enum("backend", "local", ["local", *BACKENDS], "where they run")
+_REPORT = flags.DEFINE_boolean("report", False, "make the table of what has finished, and stop")
 
 
 def command(log: Path, module: str, *arguments: str) -> bool:
@@ -60,67 +49,88 @@ def command(log: Path, module: str, *arguments: str) -> bool:
     with log.open("w") as file:
         done = subprocess.run([sys.executable, "-m", module, *arguments], stdout=file, stderr=file, check=False)
     if done.returncode:
-        print(f"  failed: {log.read_text().strip().splitlines()[-1]} (all of it: {log})", flush=True)
+        said = log.read_text().strip().splitlines() or ["nothing"]
+        print(f"  failed: {said[-1]} (all of it: {log})", flush=True)
     return done.returncode == 0
 
 
-def run_arm(config: SweepConfig, file: str, arm: str, seed: int, start: Path | None) -> Result | None:
-    """Trains and evaluates one arm on one seed, if that is not done yet; None if it failed."""
-    folder = Path(config.workdir, f"{arm}-{seed}")
-    figures = folder / "eval" / "metrics.json"
-    if not figures.exists():
-        chosen = [f"--config.seed={seed}", f"--config.data.seed={seed}"]
-        chosen += [f"--config.init_from={start}"] if start else []
-        train = ("--config", f"{file}:{arm}", "--workdir", str(folder), *chosen)
-        evaluate = ("--checkpoint", str(folder), "--config", config.evaluate)
-        if not command(folder / "train.log", "idefics_jax.train", *train):
-            return None
-        if not command(folder / "eval.log", "idefics_jax.evaluate", *evaluate):
-            return None
-    score = json.loads(figures.read_text())[config.metric]
-    return Result(arm, seed, score, json.loads((folder / SUMMARY_FILE).read_text()))
+def run_one(sweep: Sweep, number: int) -> bool:
+    """Trains and evaluates one run, as far as that is not done yet; returns whether it is."""
+    folder = Path(sweep.folder(number))
+    if not (folder / SUMMARY_FILE).exists():
+        command(folder / "train.log", "idefics_jax.train", *sweep.training(number))
+    if not (folder / SUMMARY_FILE).exists():
+        return False
+    if not sweep.config.evaluate or (folder / "eval" / "metrics.json").exists():
+        return True
+    return command(folder / "eval.log", "idefics_jax.evaluate", *sweep.evaluation(number))
 
 
-def prepare(config: SweepConfig, file: str) -> Path | None:
-    """Writes the data and trains what all arms start from; returns its folder.
+def prepare(sweep: Sweep) -> None:
+    """Writes the data and trains what all runs start from.
 
     Raises:
-      UserError: either failed, so that no arm can run.
+      UserError: either failed, so that no run can start.
     """
-    folder = Path(config.workdir, config.pretrain) if config.pretrain else None
-    if config.data and not command(Path(config.workdir, "data.log"), *config.data):
-        raise UserError(f"the data could not be written; see {config.workdir}/data.log")
-    if folder and not (folder / SUMMARY_FILE).exists():
-        arguments = ("--config", f"{file}:{config.pretrain}", "--workdir", str(folder))
-        if not command(folder / "train.log", "idefics_jax.train", *arguments):
-            raise UserError(f"the model that all arms start from could not be trained; see {folder}/train.log")
-    return folder
+    log = Path(sweep.workdir, "data.log")
+    if sweep.config.data and not command(log, *sweep.config.data):
+        raise UserError(f"the data could not be written; see {log}")
+    folder = Path(sweep.start)
+    if sweep.config.pretrain and not (folder / SUMMARY_FILE).exists():
+        command(folder / "train.log", "idefics_jax.train", *sweep.pretraining())
+        if not (folder / SUMMARY_FILE).exists():
+            raise UserError(f"the model that all runs start from could not be trained; see {folder}/train.log")
+
+
+def run_here(sweep: Sweep, numbers: list[int]) -> list[int]:
+    """Runs one after another with a line of progress before each; returns the numbers of those that failed."""
+    started, failed = time.monotonic(), []
+    prepare(sweep)
+    for done, number in enumerate(numbers):
+        spent = time.monotonic() - started
+        left = f", about {spent / done * (len(numbers) - done) / 60:.0f} min left" if done else ""
+        print(f"[{done + 1}/{len(numbers)}] {sweep.title(number)}; {spent / 60:.1f} min so far{left}", flush=True)
+        if not run_one(sweep, number):
+            failed.append(number)
+    return failed
+
+
+def start_elsewhere(sweep: Sweep, numbers: list[int], backend: str) -> None:
+    """Asks for slices for each run.
+
+    Raises:
+      UserError: they cannot run elsewhere (Sweep.check_rentable), or a flag is missing.
+    """
+    sweep.check_rentable()
+    missing = [name for name in ("name", "slice", "image") if flags.FLAGS[name].value is None]
+    if missing:
+        raise UserError(f"--{missing[0]} is missing; --backend {backend} needs it")
+    for number in numbers:
+        job = jobs.from_flags(["python", "-m", "idefics_jax.train", *sweep.training(number)])
+        print(f"# {sweep.title(number)}", flush=True)
+        BACKENDS[backend](replace(job, name=f"{job.name}-{sweep_runs.digits(number)}"))
 
 
 def main() -> None:
-    file = flags.FLAGS["config"].config_filename
-    config = settings.build(SweepConfig, _CONFIG.value.to_dict(), "config")
-    started, start = time.monotonic(), prepare(config, file)
-    runs = [(arm, seed) for seed in config.seeds for arm in config.arms]
-    results, failed = [], []
-    for done, (arm, seed) in enumerate(runs):
-        spent = time.monotonic() - started
-        left = f", about {spent / done * (len(runs) - done) / 60:.0f} min left" if done else ""
-        print(f"[{done + 1}/{len(runs)}] {arm}, seed {seed}; {spent / 60:.1f} min so far{left}", flush=True)
-        result = run_arm(config, file, arm, seed, start)
-        if result is None:
-            failed.append(f"{arm}-{seed}")
-        else:
-            results.append(result)
+    sweep = sweep_runs.read(_CONFIG.value, _WORKDIR.value)
+    numbers = sweep.chosen(_RUNS.value)
+    failed: list[int] = []
+    if not _REPORT.value:
+        sweep.check(numbers)
+        if _BACKEND.value != "local":
+            start_elsewhere(sweep, numbers, _BACKEND.value)
+            return
+        if flags.FLAGS["dry-run"].value:
+            print("\n".join(sweep.dry_run(numbers)))
+            return
+        failed = run_here(sweep, numbers)
+    results = collect(sweep)
     if results:
-        text = table(results, config.arms, config.metric)
-        Path(config.workdir, "table.md").write_text(text)
-        lines = [json.dumps(dataclasses.asdict(result)) + "\n" for result in results]
-        Path(config.workdir, "results.jsonl").write_text("".join(lines))
-        picture = draw(Path(config.workdir), results, config.arms, config.metric)
-        print(f"\n{text}\nin {(time.monotonic() - started) / 60:.1f} min; table and picture in {picture.parent}")
+        print(f"\n{write(epath.Path(sweep.workdir), results, sweep.config.metric)}")
+    print(f"{len(results)} of {len(sweep.config.runs)} runs have finished; table and picture in {sweep.workdir}")
     if failed:
-        raise UserError(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}; run the command again")
+        names = ", ".join(map(sweep_runs.digits, failed))
+        raise UserError(f"{len(failed)} of {len(numbers)} runs failed: {names}; run the command again")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,22 @@
-"""A finished comparison as a table and as a picture: means and spread over the seeds of each arm."""
+"""The finished runs of a sweep as a table and as a picture: means and spread over the repetitions of each arm."""
 
 import dataclasses
+import io
+import json
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 
-from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen before anything draws)
+from etils import epath  # noqa: E402  (the backend is chosen before anything draws)
+from matplotlib import pyplot as plt  # noqa: E402
+
+from idefics_jax.errors import UserError  # noqa: E402
+from idefics_jax.training.summary import SUMMARY_FILE  # noqa: E402
+from idefics_jax.training.writers import read_metrics  # noqa: E402
+from launch.sweep_runs import Sweep  # noqa: E402
 
 # Figure of a run's summary: heading, number format.
 COLUMNS = {
@@ -22,28 +29,56 @@ COLUMNS = {
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What one run gave: its score, and the figures of its summary.json."""
+    """What one run gave: its number and arm, its score, and the figures of its summary.json."""
 
+    number: int
     arm: str
-    seed: int
     score: float
     summary: dict[str, float]
 
 
-def by_arm(results: Sequence[Result], arms: Sequence[str]) -> dict[str, list[Result]]:
-    """Returns the results of each arm that has any, in the order of `arms`."""
-    grouped = {arm: [result for result in results if result.arm == arm] for arm in arms}
-    return {arm: found for arm, found in grouped.items() if found}
+def collect(sweep: Sweep) -> list[Result]:
+    """Returns the results of the runs that have finished, evaluation included where the sweep has one."""
+    results = []
+    for number, run in enumerate(sweep.config.runs):
+        folder = epath.Path(sweep.folder(number))
+        figures = folder / "eval" / "metrics.json"
+        if not (folder / SUMMARY_FILE).exists() or (sweep.config.evaluate and not figures.exists()):
+            continue
+        known = json.loads(figures.read_text()) if sweep.config.evaluate else read_metrics(folder / "metrics.jsonl")[-1]
+        if sweep.config.metric not in known:
+            raise UserError(f"sweep.metric is {sweep.config.metric!r}; run {number} has {', '.join(sorted(known))}")
+        summary = json.loads((folder / SUMMARY_FILE).read_text())
+        results.append(Result(number, run.arm, known[sweep.config.metric], summary))
+    return results
 
 
-def table(results: Sequence[Result], arms: Sequence[str], metric: str) -> str:
-    """Returns a Markdown table: score as mean, lowest and highest; other figures as medians over the seeds."""
+def write(folder: epath.Path, results: Sequence[Result], metric: str) -> str:
+    """Writes table.md, results.jsonl and sweep.png into `folder`, and returns the table."""
+    text = table(results, metric)
+    (folder / "table.md").write_text(text)
+    lines = [json.dumps(dataclasses.asdict(result)) + "\n" for result in results]
+    (folder / "results.jsonl").write_text("".join(lines))
+    (folder / "sweep.png").write_bytes(draw(results, metric))
+    return text
+
+
+def by_arm(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """Returns the results of each arm, in the order of their numbers."""
+    grouped: dict[str, list[Result]] = {}
+    for result in results:
+        grouped.setdefault(result.arm, []).append(result)
+    return grouped
+
+
+def table(results: Sequence[Result], metric: str) -> str:
+    """Returns a Markdown table: score as mean, lowest and highest; other figures as medians over the repetitions."""
     known = [name for name in COLUMNS if all(name in result.summary for result in results)]
     lines = [
-        ["arm", "seeds", f"{metric}, mean", "lowest - highest", *(COLUMNS[name][0] for name in known)],
+        ["arm", "runs", f"{metric}, mean", "lowest - highest", *(COLUMNS[name][0] for name in known)],
         ["---"] * (4 + len(known)),
     ]
-    for arm, found in by_arm(results, arms).items():
+    for arm, found in by_arm(results).items():
         scores = [result.score for result in found]
         medians = [COLUMNS[name][1].format(statistics.median(r.summary[name] for r in found)) for name in known]
         spread = f"{min(scores):.3f} - {max(scores):.3f}"
@@ -51,25 +86,25 @@ def table(results: Sequence[Result], arms: Sequence[str], metric: str) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def draw(folder: Path, results: Sequence[Result], arms: Sequence[str], metric: str) -> Path:
-    """Draws every run's score and each arm's mean beside what the arm costs, into `folder/sweep.png`."""
-    grouped = by_arm(results, arms)
+def draw(results: Sequence[Result], metric: str) -> bytes:
+    """Draws every run's score and each arm's mean beside what the arm costs; returns a PNG."""
+    grouped = by_arm(results)
     costs = ("trained_parameters", "step_seconds", "host_memory_gib")
     figure, (scores, *panels) = plt.subplots(1, 1 + len(costs), figsize=(13, 3.4), layout="constrained")
     for index, found in enumerate(grouped.values()):
         values = [result.score for result in found]
         scores.plot([index] * len(values), values, "o", color="tab:blue", alpha=0.5)
         scores.plot([index - 0.25, index + 0.25], [statistics.mean(values)] * 2, color="black")
-    scores.set(title=f"{metric}: every seed, and the mean")
+    scores.set(title=f"{metric}: every run, and the mean")
     for panel, name in zip(panels, costs, strict=True):
         panel.bar(
             range(len(grouped)), [statistics.median(r.summary[name] for r in found) for found in grouped.values()]
         )
         panel.set(title=COLUMNS[name][0])
     for axis in (scores, *panels):
-        axis.set_xticks(range(len(grouped)), list(grouped))
+        axis.set_xticks(range(len(grouped)), list(grouped), rotation=0 if max(map(len, grouped)) < 12 else 20)
         axis.grid(axis="y", alpha=0.3)
-    path = folder / "sweep.png"
-    figure.savefig(path, dpi=110)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=110, format="png")
     plt.close(figure)
-    return path
+    return image.getvalue()

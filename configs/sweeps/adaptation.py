@@ -23,9 +23,7 @@ LEARNING_RATES = {"frozen": 4e-3, "lora": 4e-3, "dora": 4e-3, "full": 2e-3}
 
 
 def get_config(arm: str = "") -> ConfigDict:
-    """Returns the training config of an arm or of the pretraining; without an argument, the sweep."""
-    if not arm:
-        return sweep()
+    """Returns the training config of an arm or of the pretraining; one must be named."""
     if arm not in (PRETRAIN, *ARMS):
         raise UserError(f"configs/sweeps/adaptation.py:{arm} is none of {', '.join((PRETRAIN, *ARMS))}")
     config = digits.get_config("full" if arm == PRETRAIN else arm)
@@ -47,16 +45,15 @@ def get_config(arm: str = "") -> ConfigDict:
     return config
 
 
-def sweep() -> ConfigDict:
-    """Returns what launch.sweep runs; `workdir` may be given on the command line as everything else."""
-    return ConfigDict(
-        {
-            "workdir": WORKDIR,
-            "data": ("data_pipelines.digits", digits.DATA),
-            "pretrain": PRETRAIN,
-            "arms": ARMS,
-            "seeds": (0, 1, 2),
-            "evaluate": "configs/eval/digits.py",
-            "metric": "exact_match",
-        }
-    )
+def sweep() -> dict:
+    """Returns what launch.sweep runs: every arm on three seeds."""
+    return {
+        "workdir": WORKDIR,
+        "data": ("data_pipelines.digits", digits.DATA),
+        "pretrain": PRETRAIN,
+        "runs": [
+            {"argument": arm, "settings": {"seed": seed, "data.seed": seed}} for seed in (0, 1, 2) for arm in ARMS
+        ],
+        "evaluate": "configs/eval/digits.py",
+        "metric": "exact_match",
+    }

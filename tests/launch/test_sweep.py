@@ -1,26 +1,34 @@
-"""A sweep runs every arm on every seed, names what failed, and goes on where it stopped."""
+"""A sweep's runs are numbered and checked first; what failed is named, and the same command goes on with it."""
 
 import json
+import shlex
 import subprocess
 import sys
 
 import pytest
+import yaml
 
 from configs import digits as digits_config
 from data_pipelines import digits
-from launch.sweep_report import Result, draw, table
+from idefics_jax.errors import UserError
+from launch import sweep_runs
+from launch.sweep_report import Result, collect, draw, table
+from tests.launch import jobset
 
 COUNTS = {"pairs": 20, "interleaved": 2, "conversations": 2, "numbers": 40, "warmup": 2, "heldout": 4}
 FILE = """
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 def get_config(arm=""):
-    if not arm:
-        return ConfigDict({sweep!r})
     config = ConfigDict({train!r})
-    if arm == "broken":
-        config.optimizer.learning_rate = -1.0
+    config.init_from = placeholder(str)
+    if arm == "lost":
+        config.processor = "nowhere"
     return config
+
+def sweep():
+    return {sweep!r}
 """
 EVALUATION = """
 from configs.eval import digits
@@ -34,8 +42,8 @@ def get_config():
 
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory):
-    """A sweep of an arm that trains two steps and one whose settings are impossible."""
+def write_sweep(tmp_path_factory):
+    """Returns a function that writes a config file of small runs and of a sweep over them, and its command."""
     folder = tmp_path_factory.mktemp("sweep")
     digits.build(folder / "data", seed=0, counts=COUNTS)
     train = digits_config.get_config().to_dict()
@@ -45,53 +53,144 @@ def command(tmp_path_factory):
     train["data"]["stages"] = {"stage1": {"sources": {"numbers": numbers}, "documents": None}}
     train["optimizer"]["warmup_steps"] = 0
     (folder / "eval.py").write_text(EVALUATION.format(heldout=str(folder / "data" / "heldout.parquet")))
-    sweep = {
-        "workdir": str(folder / "runs"),
-        "data": (),
-        "pretrain": "",
-        "arms": ("whole", "broken"),
-        "seeds": (7,),
-        "evaluate": str(folder / "eval.py"),
-        "metric": "exact_match",
-    }
-    (folder / "arms.py").write_text(FILE.format(sweep=sweep, train=train))
-    return folder, [sys.executable, "-m", "launch.sweep", "--config", str(folder / "arms.py")]
+
+    def write(name, sweep):
+        path = folder / f"{name}.py"
+        path.write_text(FILE.format(sweep={"workdir": str(folder / name), **sweep}, train=train))
+        return folder / name, [sys.executable, "-m", "launch.sweep", "--config", str(path)]
+
+    return write
 
 
-def test_a_sweep_keeps_what_worked_names_what_failed_and_does_not_run_twice(command):
-    folder, arguments = command
+def test_a_sweep_keeps_what_worked_names_what_failed_and_does_not_run_twice(write_sweep):
+    runs = [
+        {"argument": "lost"},
+        {"argument": "whole", "settings": {"seed": 7, "data.seed": 7, "optimizer.learning_rate": 1e-3}},
+    ]
+    folder, _ = write_sweep("kept", {"runs": runs})
+    evaluate = {"evaluate": str(folder.parent / "eval.py"), "metric": "exact_match"}
+    _, arguments = write_sweep("kept", {"runs": runs, **evaluate})
     first = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert first.returncode == 2, first.stderr
-    assert "1 of 2 runs failed: broken-7" in first.stderr
-    assert "optimizer.learning_rate is -1.0" in first.stdout
-    (line,) = (folder / "runs" / "results.jsonl").read_text().splitlines()
+    assert "1 of 2 runs failed: 000" in first.stderr
+    assert "nowhere" in first.stdout
+    (line,) = (folder / "results.jsonl").read_text().splitlines()
     result = json.loads(line)
-    assert (result["arm"], result["seed"]) == ("whole", 7)
-    trained = json.loads((folder / "runs" / "whole-7" / "run.json").read_text())
-    assert (trained["seed"], trained["data"]["seed"]) == (7, 7)
+    assert (result["number"], result["arm"]) == (1, "whole optimizer.learning_rate=0.001")
+    trained = json.loads((folder / "001" / "run.json").read_text())
+    assert (trained["seed"], trained["data"]["seed"], trained["optimizer"]["learning_rate"]) == (7, 7, 1e-3)
     assert result["summary"]["trained_parameters"] == result["summary"]["parameters"] > 10_000
     assert 0.1 < result["summary"]["host_memory_gib"] < 16
-    assert (folder / "runs" / "sweep.png").stat().st_size > 10_000
+    assert (folder / "sweep.png").stat().st_size > 10_000
 
     second = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert second.stdout.count("$ python -m idefics_jax.train") == 1, "only what failed is tried again"
-    assert (folder / "runs" / "results.jsonl").read_text().splitlines() == [line]
+    assert (folder / "results.jsonl").read_text().splitlines() == [line]
+
+    # Without an evaluation the loss at the end is compared.
+    _, arguments = write_sweep("kept", {"runs": runs})
+    (again,) = collect(sweep_runs.read(arguments[-1], None))
+    last = json.loads((folder / "001" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert again == Result(1, result["arm"], last["train/loss"], result["summary"])
+
+    # The number has another run now than its folder.
+    _, arguments = write_sweep("kept", {"runs": [runs[0], {"argument": "whole", "settings": {"seed": 8}}]})
+    with pytest.raises(UserError, match="run 001: whole seed=8: .* holds a run with other settings"):
+        sweep_runs.read(arguments[-1], None).check([1])
 
 
-def result(arm, seed, score, **summary):
-    return Result(arm, seed, score, {"trained_parameters": 1234, "step_seconds": 0.5, "host_memory_gib": 1.5} | summary)
+@pytest.mark.parametrize(
+    ("sweep", "said"),
+    [
+        ({"runs": [{"settings": {"optimizer.learning_rat": 1}}]}, "run 000: optimizer.learning_rat=1: .*learning_rat"),
+        ({"runs": [{}, {"settings": {"optimizer.learning_rate": -1.0}}]}, "run 001: .*learning_rate is -1.0"),
+        ({"runs": [{"setting": {}}]}, r"sweep.runs\[0\].setting is not a setting; did you mean 'settings'"),
+        ({"runs": [{}], "seed": 3}, "sweep.seed is not a setting"),
+        ({"runs": []}, "names no runs"),
+        ({"runs": [{"settings": {"seed": 1}}, {}, {"settings": {"seed": 1}}]}, "runs 0 and 2 of .* are the same"),
+    ],
+)
+def test_what_is_wrong_in_a_sweep_is_said_before_any_run(sweep, said, write_sweep):
+    _, arguments = write_sweep("wrong", sweep)
+    with pytest.raises(UserError, match=said):
+        sweep_runs.read(arguments[-1], None).check(range(len(sweep["runs"])))
 
 
-def test_the_table_has_mean_and_spread_of_each_arm_in_its_order(tmp_path):
-    results = [
-        result("full", 0, 0.5),
-        result("lora", 0, 0.25),
-        result("lora", 1, 0.75, step_seconds=1.5),
+def test_a_number_that_is_no_run_is_refused(write_sweep):
+    _, arguments = write_sweep("numbers", {"runs": [{}, {"settings": {"seed": 1}}]})
+    read = sweep_runs.read(arguments[-1], "elsewhere/")
+    assert read.chosen(["1", "0", "1"]) == [0, 1]
+    assert read.folder(1) == "elsewhere/001"
+    with pytest.raises(UserError, match="--runs has '2'; the runs are 0 to 1"):
+        read.chosen(["0", "2"])
+
+
+def dry_run(arguments, *more):
+    done = subprocess.run([*arguments, "--dry-run", *more], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_dry_run_prints_the_commands_and_runs_none(write_sweep):
+    runs = [{"argument": "whole", "settings": {"init_std": ()}}]
+    sweep = {"runs": runs, "data": ("a.module", "b c"), "pretrain": "first", "evaluate": "e.py"}
+    folder, arguments = write_sweep("dry", sweep)
+    file = f"{arguments[-1]}"
+    assert [shlex.split(line, comments=True)[3:] for line in dry_run(arguments).splitlines()] == [
+        ["b c"],
+        ["--config", f"{file}:first", "--workdir", f"{folder}/first"],
+        [],
+        [
+            *("--config", f"{file}:whole", "--workdir", f"{folder}/000"),
+            *(f"--config.init_from={folder}/first", "--config.init_std=()"),
+        ],
+        ["--checkpoint", f"{folder}/000", "--config", "e.py"],
     ]
-    lines = table(results, ("lora", "dora", "full"), "exact_match").splitlines()
+    assert not folder.exists()
+
+
+def test_every_run_is_a_jobset_or_a_request_of_its_own(write_sweep):
+    _, arguments = write_sweep("rented", {"runs": [{"settings": {"seed": seed}} for seed in (1, 2)]})
+    rented = ["--workdir=gs://my-bucket/rates", "--name=rates", "--slice=v5e-16", "--image=i.pkg.dev/p/r/i:1"]
+    jobsets = list(yaml.safe_load_all(dry_run(arguments, *rented, "--backend=jobset")))
+    assert [content["metadata"]["name"] for content in jobsets] == ["rates-000", "rates-001"]
+    for number, content in enumerate(jobsets):
+        assert jobset.faults(content) == []
+        (container,) = content["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
+        assert container["command"][3:] == [
+            *("--config", arguments[-1], "--workdir", f"gs://my-bucket/rates/00{number}"),
+            f"--config.seed={number + 1}",
+        ]
+    program = dry_run(arguments, *rented, "--backend=tpu-vm", "--zone=us-west4-a", "--runs=1")
+    assert program.count("gcloud compute tpus queued-resources create") == 1
+    assert "create rates-001 " in program
+
+
+@pytest.mark.parametrize(
+    ("sweep", "workdir", "said"),
+    [
+        ({}, None, "rented machines share no disk with this one, give gs://"),
+        ({"pretrain": "first"}, "gs://b/c", "has steps before its runs"),
+    ],
+)
+def test_what_rented_machines_cannot_do_is_refused(sweep, workdir, said, write_sweep):
+    _, arguments = write_sweep("refused", {"runs": [{}], **sweep})
+    with pytest.raises(UserError, match=said):
+        sweep_runs.read(arguments[-1], workdir).check_rentable()
+
+
+def result(number, arm, score, **summary):
+    return Result(
+        number, arm, score, {"trained_parameters": 1234, "step_seconds": 0.5, "host_memory_gib": 1.5} | summary
+    )
+
+
+def test_the_table_has_mean_and_spread_of_each_arm_in_the_order_of_its_runs():
+    results = [result(0, "lora", 0.25), result(2, "full", 0.5), result(3, "lora", 0.75, step_seconds=1.5)]
+    lines = table(results, "exact_match").splitlines()
     assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == [
         *("lora", "2", "0.500", "0.250 - 0.750", "1,234", "1.000", "1.50")
     ]
     assert lines[3].startswith("| full | 1 | 0.500 |")
     assert len(lines) == 4
-    assert draw(tmp_path, results, ("lora", "dora", "full"), "exact_match").stat().st_size > 10_000
+    assert len(draw(results, "exact_match")) > 10_000
