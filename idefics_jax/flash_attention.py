@@ -152,14 +152,24 @@ def _flash_bwd(interpret, saved, gradient):
 _flash.defvjp(_flash_fwd, _flash_bwd)
 
 
-def _heads_a_step(heads: int, group: int, bytes_a_head: int) -> int:
+def heads_a_step(heads: int, kv_heads: int, row_bytes: int) -> int:
     """Returns how many query heads a step computes: whole groups of them or a part of one, at most half of all.
 
     (A chip of two cores shares out the heads' steps.)
+
+    Args:
+      heads: N.
+      kv_heads: K.
+      row_bytes: what a head keeps in vector memory for a whole row (gradient_bytes), 0 in the forward pass.
     """
-    room = _vmem() * 5 // 8
+    group, room = heads // kv_heads, _vmem() * 5 // 8
     fits = [n for n in range(1, HEADS + 1) if heads % n == 0 and (n % group == 0 or group % n == 0) and 2 * n <= heads]
-    return max((n for n in fits if n * bytes_a_head <= room), default=1)
+    return max((n for n in fits if n * row_bytes <= room), default=1)
+
+
+def gradient_bytes(length: int, head_dim: int, itemsize: int) -> int:
+    """Returns the bytes of the float32 sum of a row's gradient, and of the two buffers that it is written from."""
+    return (4 + 2 * itemsize) * length * head_dim
 
 
 def _vmem() -> int:
@@ -171,8 +181,7 @@ def _forward(interpret, query, key, value, tables, pairs):
     """Returns the result [B, N, H, T], and the base-2 logarithm of each query's sum of weights, [B, N, 1, T]."""
     batch, heads, head_dim, length = query.shape
     group = heads // key.shape[1]
-    # Double-buffered blocks of queries, keys, values and results.
-    step = _heads_a_step(heads, group, 16 * BLOCK * head_dim)
+    step = heads_a_step(heads, key.shape[1], 0)
     kv_step = max(1, step // group)
     of_query, of_key = _row_specs(outer_is_query=True)
     q_spec, kv_spec = (
@@ -275,9 +284,8 @@ def _backward(interpret, query, key, value, gradient, logsum, weighted, tables, 
     """
     batch, heads, head_dim, length = query.shape
     group = heads // key.shape[1]
-    # The float32 sum of a row's gradient, and the two buffers it is written from.
-    row_bytes = (4 + 2 * query.dtype.itemsize) * length * head_dim
-    step = _heads_a_step(heads, group, row_bytes)
+    row_bytes = gradient_bytes(length, head_dim, query.dtype.itemsize)
+    step = heads_a_step(heads, key.shape[1], row_bytes)
     kv_step = max(1, step // group)
     of_query, of_key = _row_specs(outer_is_query=False)
     q_index = _index(lambda h: h, outer=False)
