@@ -92,14 +92,14 @@ class ParquetRows:
 
 
 def expand(patterns: Sequence[str], *, where: str) -> list[str]:
-    """Returns the files and folders that paths and globs name, sorted within each glob.
+    """Returns the files and folders that paths and globs name, sorted within each glob; the name of a file is no glob.
 
     Raises:
       UserError: nothing matches, or a file is named twice; `where` opens the message.
     """
     paths = []
     for pattern in patterns:
-        found = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
+        found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         if not found or not all(Path(path).exists() for path in found):
             raise UserError(f"{where} names {pattern!r}, which matches no file; give the path or glob of files")
         paths += found

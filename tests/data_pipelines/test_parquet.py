@@ -66,3 +66,10 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         parquet.expand([str(tmp_path / "gone*.parquet")], where="here")
     with pytest.raises(UserError, match=r"names .*whole.parquet' 2 times"):
         parquet.expand([str(whole), str(tmp_path / "who*.parquet")], where="here")
+
+
+def test_a_file_whose_name_looks_like_a_glob_is_found(tmp_path):
+    for name in ("a[1].parquet", "a1.parquet"):
+        (tmp_path / name).write_text("")
+    assert parquet.expand([str(tmp_path / "a[1].parquet")], where="here") == [str(tmp_path / "a[1].parquet")]
+    assert parquet.expand([str(tmp_path / "a[0-9].parquet")], where="here") == [str(tmp_path / "a1.parquet")]
