@@ -25,6 +25,8 @@ from idefics_jax.image_gate import RejectedImage, open_image
 PERPLEXITY = "perplexity"
 # The reason of images that are missing, within document_max_missing_images.
 MISSING = f"{FILTERED}image_missing"
+# The reason of pages of images alone, none of which is left.
+EMPTIED = f"{FILTERED}document_emptied"
 # A header is read whatever it claims: the gate that stands before the decoder refuses bombs.
 _ANY_SIZE = 2**62
 
@@ -65,6 +67,11 @@ class Filters:
         for name in self.named:
             if not getattr(self, name) >= 0:
                 raise UserError(f"filters.{name} is {getattr(self, name)!r}; it must be a number and not negative")
+        if self.document_max_missing_images is not None and self.document_max_missing_images > 1:
+            raise UserError(
+                f"filters.document_max_missing_images is {self.document_max_missing_images!r}; it is a share of a "
+                "page's images, at most 1"
+            )
         if self.image_max_aspect is not None and self.image_max_aspect < 1:
             raise UserError(f"filters.image_max_aspect is {self.image_max_aspect!r}; it must be at least 1")
 
@@ -89,6 +96,8 @@ def parse(text: str) -> Filters:
             close = difflib.get_close_matches(name, kinds, 1)
             hint = f"did you mean {close[0]!r}? " if close else ""
             raise UserError(f"there is no filter {name!r}; {hint}there are {', '.join(kinds)}")
+        if name in values:
+            raise UserError(f"filter {name} is given twice; give it one threshold")
         try:
             values[name] = kinds[name](threshold)
         except ValueError as error:
@@ -129,6 +138,8 @@ def apply(filters: Filters, row: dict[str, Any], kind: str) -> tuple[dict[str, A
     if kind != "obelics" or not filters.named:
         return row, collections.Counter()
     row, taken = _without_images(filters, row)
+    if not row["images"]:
+        raise BadRow(EMPTIED, "its images are all taken out or missing, and it has no text")
     outline = [image is not None for image in row["images"]]
     for rule in _BY_OUTLINE:
         threshold = getattr(filters, rule.__name__)

@@ -77,6 +77,11 @@ def test_a_page_is_judged_by_the_images_that_are_left():
     assert taken_whole(Filters(document_min_images=1, image_min_side=150), row) == "filter:document_min_images"
 
 
+def test_a_page_of_which_nothing_is_left_was_filtered():
+    row = {"images": [SMALL, SMALL], "texts": [None, None]}
+    assert taken_whole(Filters(image_min_side=150), row) == "filter:document_emptied"
+
+
 def test_an_image_that_cannot_be_read_is_left_to_the_gate():
     row = {"images": [b"", b"GIF8", SQUARE[:20], None], "texts": [None, None, None, "words"]}
     left, taken = filters.apply(Filters(image_min_side=150), row, "obelics")
@@ -106,7 +111,7 @@ def test_what_filters_take_does_not_count_as_damage():
 
 def test_every_filter_has_a_threshold_on_the_command_line():
     names = [field.name for field in dataclasses.fields(Filters)]
-    assert filters.parse(",".join(f"{name}=2" for name in names)) == Filters(**dict.fromkeys(names, 2))
+    assert filters.parse(",".join(f"{name}=1" for name in names)) == Filters(**dict.fromkeys(names, 1))
     assert filters.parse("") == Filters()
     for text, message in [
         ("image_min_sid=3", r"no filter 'image_min_sid'; did you mean 'image_min_side'\? there are image_min_side, im"),
@@ -115,6 +120,8 @@ def test_every_filter_has_a_threshold_on_the_command_line():
         ("image_min_side=-1", "must be a number and not negative"),
         ("document_max_perplexity=nan", "must be a number and not negative"),
         ("image_max_aspect=0.5", "must be at least 1"),
+        ("document_max_missing_images=7", "is 7.0; it is a share of a page's images, at most 1"),
+        ("image_min_side=200,image_min_side=2", "image_min_side is given twice"),
     ]:
         with pytest.raises(UserError, match=message):
             filters.parse(text)
