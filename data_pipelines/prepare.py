@@ -90,6 +90,10 @@ def main() -> None:
             break
     parser = _parser()
     arguments = parser.parse_args(asked)
+    known = {f"--{name}" for name in vars(arguments)}
+    ours = [option for option in beam or () if option.partition("=")[0] in known]
+    if ours:
+        parser.error(f"{', '.join(ours)} after {RUNNER}, where all is Beam's; give it before")
     if not arguments.verify and not (arguments.kind and arguments.input):
         parser.error("give --kind and --input, or --verify")
     try:

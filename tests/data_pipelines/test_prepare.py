@@ -342,6 +342,7 @@ def test_progress_tells_rates_what_was_dropped_and_the_time_left():
         (("--input", "{folder}/a.parquet", "--processes", "0"), "--processes is 0; it must be at least 1"),
         (("--input", "{folder}/a.parquet", "--max_bad_fraction", "2"), "--max_bad_fraction is 2.0"),
         (("--input", "{folder}/a.parquet", "--runner=DirectRunner"), "--runner needs Apache Beam"),
+        (("--runner", "DirectRunner", "--shard_mib=5", "--filters", ""), "--shard_mib=5, --filters after --runner"),
         ((), "give --kind and --input, or --verify"),
         (("--verify",), "holds no manifest.json"),
     ],
