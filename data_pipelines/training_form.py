@@ -2,7 +2,7 @@
 
 It is the kind's own row with images as bytes where the published form may name a file or a URL, so that training
 reads a shard with the same kind module as parquet, and needs nothing beside it. A perplexity is kept, to filter by
-again, and of pairs every text, to choose captions from; the other published columns are left behind.
+again, and of pairs every text, to choose captions from; other columns and fields that were published are left behind.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,10 @@ Columns = Mapping[str, Column]
 _STORED_IMAGES = [{"bytes": "bytes", "path": "text"}]
 # Kind -> the columns its rows always have.
 COLUMNS: dict[str, Columns] = {
-    "cauldron": {"images": _STORED_IMAGES, "texts": [{"user": "text", "assistant": "text", "source": "text"}]},
+    "cauldron": {
+        "images": _STORED_IMAGES,
+        "texts": [{"user": "text", "assistant": "text", "source": "text", "choices": ["text"]}],
+    },
     "obelics": {"images": ["bytes"], "texts": ["text"]},
     "pairs": {"image": "bytes", "caption": "text"},
     "pdf": {"images": _STORED_IMAGES, "texts": ["text"]},
@@ -48,6 +51,7 @@ def training_row(
     for name, column in COLUMNS[kind].items():
         if not fits(stored[name], column):
             raise BadRow("wrong-type", f"its {name} are not {column}; convert them")
+        stored[name] = _without_others(stored[name], column)
     if kind == "pairs":
         stored |= {name: value for name, value in whole.items() if name not in stored and isinstance(value, str)}
     if isinstance(whole.get(PERPLEXITY), (int, float)):
@@ -76,6 +80,15 @@ def fits(value: Any, column: Column) -> bool:
     if isinstance(column, dict):
         return isinstance(value, dict) and all(fits(value.get(name), form) for name, form in column.items())
     return isinstance(value, _TYPES[column])
+
+
+def _without_others(value: Any, column: Column) -> Any:
+    """Returns a value that fits a column's form without the members of groups that the form does not name."""
+    if isinstance(value, list):
+        return [_without_others(item, column[0]) for item in value]
+    if isinstance(value, dict):
+        return {name: _without_others(value[name], form) for name, form in column.items() if name in value}
+    return value
 
 
 def columns_of(kind: str, row: Mapping[str, Any]) -> Columns:

@@ -1,5 +1,6 @@
 import contextlib
 import dataclasses
+import datetime
 import io
 import json
 import os
@@ -303,6 +304,18 @@ def test_the_captions_of_pairs_and_a_perplexity_come_along(tmp_path):
     source = SourceConfig("mine", "pairs", (str(tmp_path / "out"),), captions=(("synthetic", 1.0),))
     (document,) = read_documents(source)
     assert document.parts[-1].text == "b"
+
+
+def test_fields_of_turns_that_training_does_not_read_are_left_behind(tmp_path):
+    turn = {"user": "q", "assistant": "b", "choices": ["a", "b"], "when": datetime.datetime(2024, 1, 1)}
+    row = {"images": [{"bytes": png(28, 28), "path": ""}], "texts": [turn]}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+    path = str(tmp_path / "a.parquet")
+    told = here(opened([path], tmp_path / "out", kind="cauldron"))
+    assert (told["documents"], told["dropped"]) == (1, {})
+    (published,) = read_documents(SourceConfig("mine", "cauldron", (path,)))
+    (prepared,) = read_documents(SourceConfig("mine", "cauldron", (str(tmp_path / "out"),)))
+    assert prepared.parts == published.parts
 
 
 def test_verify_names_the_shards_whose_bytes_changed(tmp_path, capsys):
