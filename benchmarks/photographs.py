@@ -62,7 +62,7 @@ def write(folder: Path, megapixels: float) -> int:
     table = pa.Table.from_pylist(rows, pairs.SCHEMA).drop_columns("png").append_column("jpg", pa.array(images))
     folder.mkdir(parents=True)
     pq.write_table(table, folder / "pairs.parquet")
-    recipe = Recipe("pairs", None, Filters(), features={}, max_pixels=64_000_000, shard_mib=256)
+    recipe = Recipe("pairs", None, Filters(), captions=(), features={}, max_pixels=64_000_000, shard_mib=256)
     preparation = prepare.open_inputs(recipe, [str(folder / "pairs.parquet")], folder / "shards")
     prepare.prepare(preparation, processes=1, max_bad_fraction=0.0)
     return sum(map(len, images)) // len(images)

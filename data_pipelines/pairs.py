@@ -27,10 +27,10 @@ def parts(row: dict[str, Any], image_root: str | None) -> tuple[Part, ...]:
       BadRow: the image or the caption is missing.
     """
     del image_root  # a pair holds its image
-    caption = row["caption"]
+    image, caption = Image(_data(row)), row["caption"]
     if not caption:
-        raise BadRow("null-text", "it holds no caption; drop the row")
-    return Image(_data(row)), Text(caption, trained=True)
+        raise BadRow("null-text", "it holds no caption; name other columns in captions, or drop the row")
+    return image, Text(caption, trained=True)
 
 
 def with_images(row: dict[str, Any], image_root: str | None, *, max_missing: float | None) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def with_caption(row: dict[str, Any], captions: tuple[tuple[str, float], ...], d
     """Returns the row with one of several texts as its caption.
 
     Args:
-      row: with the columns that `captions` names.
+      row: with the columns that `captions` names, or without those that are null in it.
       captions: (column, share of the rows) each; the shares are relative to their sum.
       draw: a number in [0, 1) that decides. A row whose text of that column is null or empty takes the next column's
         that is not, in the order of `captions` and round again: a pair is kept while it has any text.
@@ -55,7 +55,7 @@ def with_caption(row: dict[str, Any], captions: tuple[tuple[str, float], ...], d
     while reached <= draw * sum(shares) and chosen < len(names) - 1:
         chosen += 1
         reached += shares[chosen]
-    texts = (row[name] for name in names[chosen:] + names[:chosen])
+    texts = (row.get(name) for name in names[chosen:] + names[:chosen])
     return {**row, "caption": next(filter(None, texts), None)}
 
 

@@ -77,7 +77,13 @@ class Preparation:
 
     def _asked(self) -> dict[str, Any]:
         thresholds = {name: getattr(self.recipe.filters, name) for name in self.recipe.filters.named}
-        return {"format": manifest.FORMAT, **dataclasses.asdict(self.recipe), "filters": thresholds}
+        captions = list(self.recipe.captions)
+        return {
+            "format": manifest.FORMAT,
+            **dataclasses.asdict(self.recipe),
+            "filters": thresholds,
+            "captions": captions,
+        }
 
     def _check_asked(self) -> None:
         path, asked, inputs = self.output / ASKED, self._asked(), list(self.inputs)

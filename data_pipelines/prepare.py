@@ -45,7 +45,11 @@ def open_inputs(recipe: Recipe, patterns: Sequence[str], output: Path) -> Prepar
     if sets:
         tfds_source.TfdsRows(sets, recipe.kind, recipe.features)
     for footer in parquet.read_footers([path for path in inputs if path.endswith(".parquet")]):
-        readers.parquet_columns(footer, recipe.kind)
+        columns = readers.parquet_columns(footer, recipe.kind)
+        lacking = [name for name in recipe.captions if name not in columns]
+        if lacking:
+            has = ", ".join(columns)
+            raise UserError(f"{footer.path} has no column {lacking[0]} of texts, which --captions names; it has {has}")
     return Preparation(recipe, tuple(str(Path(path).absolute()) for path in inputs), output.absolute())
 
 
@@ -118,11 +122,14 @@ def _prepare(arguments: argparse.Namespace, beam: list[str] | None) -> dict[str,
         raise UserError(f"--max_bad_fraction is {arguments.max_bad_fraction}; it must be at least 0 and less than 1")
     thresholds = filters.parse(arguments.filters)
     filters.check_kind(thresholds, arguments.kind, where="--filters")
+    if arguments.captions and arguments.kind != "pairs":
+        raise UserError(f"--captions are for kind 'pairs', not {arguments.kind!r}; leave them out")
     root = arguments.image_root
     recipe = Recipe(
         kind=arguments.kind,
         image_root=None if root is None else str(Path(root).absolute()),
         filters=thresholds,
+        captions=tuple(filter(None, arguments.captions.split(","))),
         features=_table(arguments.features),
         max_pixels=arguments.max_pixels,
         shard_mib=arguments.shard_mib,
@@ -154,6 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--input", nargs="+", help="files, as paths or globs")
     parser.add_argument("--image_root", help="folder or index (image_store.py) of images that rows name")
     parser.add_argument("--filters", default="", help="name=threshold,name=threshold (filters.py)")
+    parser.add_argument("--captions", default="", help="column,... of pairs; one with any of them stays")
     parser.add_argument("--features", default="", help="field=feature,... of TFDS sets (tfds_source.py)")
     parser.add_argument("--max_pixels", type=int, default=64_000_000, help="drop documents with larger images")
     parser.add_argument("--max_bad_fraction", type=float, default=0.01, help="share of bad rows that stops the run")

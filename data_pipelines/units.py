@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from data_pipelines import filters, manifest, readers, records, training_form
+from data_pipelines import filters, manifest, pairs, readers, records, training_form
 from data_pipelines.filters import Filters
 from data_pipelines.manifest import Shard
 from data_pipelines.rejection import BadRow, Rejected
@@ -37,6 +37,7 @@ class Recipe:
       kind: of the rows, a name in sources.KINDS.
       image_root: where images that the rows only name are found (image_files.py); None if they hold them.
       filters: what to leave out.
+      captions: columns of pairs, of which each must hold a text; none for the column `caption` alone.
       features: field of a row -> feature of a TFDS set, where that is not as in tfds_source.FIELDS.
       max_pixels: most pixels of an image; a document with a larger one is dropped.
       shard_mib: size at which another shard begins, in MiB.
@@ -45,6 +46,7 @@ class Recipe:
     kind: str
     image_root: str | None
     filters: Filters
+    captions: tuple[str, ...]
     features: dict[str, str]
     max_pixels: int
     shard_mib: int
@@ -188,7 +190,8 @@ def _stored(unit: Unit, row: dict[str, Any], report: Report) -> dict[str, Any]:
     missing = len(row["images"]) - len(stored["images"]) if recipe.kind == "obelics" else 0
     stored, taken = filters.apply(recipe.filters, stored, recipe.kind)
     taken[filters.MISSING] += missing
-    _check_images(KINDS[recipe.kind].parts(stored, None), recipe.max_pixels)
+    captioned = pairs.with_caption(stored, tuple((name, 1.0) for name in recipe.captions), 0.0)
+    _check_images(KINDS[recipe.kind].parts(captioned, None), recipe.max_pixels)
     report.filtered_images = dict(sorted((collections.Counter(report.filtered_images) + taken).items()))
     return stored
 

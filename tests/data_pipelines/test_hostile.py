@@ -237,9 +237,7 @@ def test_what_is_bad_is_counted_and_what_is_good_is_unchanged(kind, published, c
 
 def prepared(kind: str, path: str, folder: Path, image_root: Path) -> dict:
     """Prepares a file into a folder, in this process; returns the manifest."""
-    recipe = Recipe(
-        kind=kind, image_root=str(image_root), filters=Filters(), max_pixels=64_000_000, shard_mib=64, features={}
-    )
+    recipe = Recipe(kind, str(image_root), Filters(), captions=(), features={}, max_pixels=64_000_000, shard_mib=64)
     preparation = Preparation(recipe, (path,), folder)
     with preparation.begun():
         return preparation.finish([prepare_unit(unit) for unit in preparation.units], max_bad_fraction=0.99)

@@ -24,7 +24,7 @@ from idefics_jax.errors import UserError
 from tests.data_pipelines.pictures import png
 
 ROOT = Path(__file__).parents[2]
-RECIPE = Recipe(kind="pairs", image_root=None, filters=Filters(), features={}, max_pixels=1_000_000, shard_mib=1)
+RECIPE = Recipe("pairs", None, Filters(), captions=(), features={}, max_pixels=1_000_000, shard_mib=1)
 SCHEMAS = {"pairs": pairs.SCHEMA, "obelics": obelics.SCHEMA, "cauldron": cauldron.SCHEMA}
 
 
@@ -108,7 +108,7 @@ def test_any_number_of_processes_makes_the_same_bytes(tmp_path):
         "null-text": {
             "documents": 3,
             "example": "0.parquet:2",
-            "message": "it holds no caption; drop the row",
+            "message": "it holds no caption; name other columns in captions, or drop the row",
         }
     }
 
@@ -306,6 +306,17 @@ def test_the_captions_of_pairs_and_a_perplexity_come_along(tmp_path):
     assert document.parts[-1].text == "b"
 
 
+def test_a_pair_is_kept_while_it_has_any_of_its_captions(tmp_path):
+    schema = pairs.SCHEMA.append(pa.field("made", pa.string()))
+    rows = [pair(alt) | {"made": made} for alt, made in (("a", None), (None, "b"), ("", "c"), (None, None))]
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), tmp_path / "a.parquet")
+    told = here(opened([str(tmp_path / "a.parquet")], tmp_path / "out", captions=("caption", "made")))
+    assert (told["documents"], told["dropped"]["null-text"]["documents"]) == (3, 1)
+    captions = (("caption", 1.0), ("made", 1.0))
+    source = SourceConfig("mine", "pairs", (str(tmp_path / "out"),), captions=captions)
+    assert [document.parts[-1].text for document in read_documents(source)] == ["a", "b", "c"]
+
+
 def test_fields_of_turns_that_training_does_not_read_are_left_behind(tmp_path):
     turn = {"user": "q", "assistant": "b", "choices": ["a", "b"], "when": datetime.datetime(2024, 1, 1)}
     row = {"images": [{"bytes": png(28, 28), "path": ""}], "texts": [turn]}
@@ -352,6 +363,7 @@ def test_progress_tells_rates_what_was_dropped_and_the_time_left():
         (("--input", "{folder}/pages.parquet"), "set kind to 'obelics'"),
         (("--input", "{folder}/torn.parquet"), "is not a readable parquet file"),
         (("--input", "{folder}/a.parquet", "--filters", "min_side=3"), "there is no filter 'min_side'"),
+        (("--input", "{folder}/a.parquet", "--captions", "made"), "a.parquet has no column made of texts, which"),
         (("--input", "{folder}/a.parquet", "--processes", "0"), "--processes is 0; it must be at least 1"),
         (("--input", "{folder}/a.parquet", "--max_bad_fraction", "2"), "--max_bad_fraction is 2.0"),
         (("--input", "{folder}/a.parquet", "--runner=DirectRunner"), "--runner needs Apache Beam"),

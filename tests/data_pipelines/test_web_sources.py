@@ -127,7 +127,7 @@ def test_captions_are_drawn_by_share_anew_each_epoch_and_alike_on_resuming(capti
 
 
 def test_prepared_pairs_keep_their_captions_to_choose_from(captioned, tmp_path):
-    recipe = Recipe("pairs", None, Filters(), features={}, max_pixels=10**6, shard_mib=1)
+    recipe = Recipe("pairs", None, Filters(), captions=(), features={}, max_pixels=10**6, shard_mib=1)
     preparation = open_inputs(recipe, list(captioned.paths), tmp_path / "shards")
     with preparation.begun():
         preparation.finish([prepare_unit(unit) for unit in preparation.units], 0.0)
@@ -180,7 +180,7 @@ def test_a_resumed_run_repeats_captions_and_what_filters_took(one_source, proces
 
 def test_pages_prepared_with_their_images_are_the_pages_read_with_them(pages, tmp_path):
     chosen = Filters(image_min_side=37, document_max_missing_images=0.5, document_min_images=1)
-    recipe = Recipe("obelics", pages.image_root, chosen, features={}, max_pixels=10**6, shard_mib=1)
+    recipe = Recipe("obelics", pages.image_root, chosen, captions=(), features={}, max_pixels=10**6, shard_mib=1)
     preparation = open_inputs(recipe, list(pages.paths), tmp_path / "shards")
     with preparation.begun():
         told = preparation.finish([prepare_unit(unit) for unit in preparation.units], 0.0)
