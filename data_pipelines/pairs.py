@@ -2,22 +2,26 @@
 
 Schema: github.com/rom1504/img2dataset with output_format=parquet; the image column is called jpg, png or webp after
 encode_format, the caption column `caption`, and columns it was told to save keep their names (LAION-COCO's synthetic
-captions beside the alt-text, for one). In the training form, and as read from its tars, the column is called `image`.
-The loss is on the caption.
+captions beside the alt-text, for one). A URL that it could not fetch is a row too, without an image and with a status
+that says so: it is no damage, and has a name of its own in the counts. In the training form, and as read from its tars,
+the column is called `image`. The loss is on the caption.
 """
 
 from typing import Any
 
 import pyarrow as pa
 
-from data_pipelines.rejection import BadRow
+from data_pipelines.rejection import FILTERED, BadRow
 from idefics_jax.documents import Image, Part, Text
 
 # What this project writes; img2dataset adds columns on the download.
 SCHEMA = pa.schema([("key", pa.string()), ("png", pa.binary()), ("caption", pa.string()), ("url", pa.string())])
 IMAGE_COLUMNS = ("image", "jpg", "png", "webp")
-# What a file must have: one of these.
-NEEDED = tuple(pa.schema([(image, pa.binary()), ("caption", pa.string())]) for image in IMAGE_COLUMNS)
+_STATUS = pa.field("status", pa.string())
+_NEEDED = tuple(pa.schema([(image, pa.binary()), ("caption", pa.string())]) for image in IMAGE_COLUMNS)
+# What a file must have: one of these, the first that fits is read.
+NEEDED = (*(needed.append(_STATUS) for needed in _NEEDED), *_NEEDED)
+NOT_DOWNLOADED = f"{FILTERED}not_downloaded"
 
 
 def parts(row: dict[str, Any], image_root: str | None) -> tuple[Part, ...]:
@@ -67,6 +71,8 @@ def units(row: dict[str, Any]) -> int:
 
 def _data(row: dict[str, Any]) -> bytes:
     data = next((row[name] for name in IMAGE_COLUMNS if row.get(name) is not None), None)
+    if data is None and row.get("status") not in (None, "success"):
+        raise BadRow(NOT_DOWNLOADED, f"its status is {row['status']!r}; fetch it again or drop the row")
     if data is None:
         raise BadRow("null-image", "it holds no image; drop the row")
     return data

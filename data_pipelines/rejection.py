@@ -9,7 +9,7 @@ from idefics_jax.errors import UserError
 # The share of rejected documents is judged as if at least this many had been seen, so that one early bad document
 # does not look like a hundred per cent.
 SMALLEST_SAMPLE = 1000
-# How reasons begin that are the config's own choice (filters.py), and no damage.
+# How reasons begin that are no damage: the config's own choice (filters.py), or a download known to have failed.
 FILTERED = "filter:"
 
 # Characters of a sentence about a row: it may quote the row, and a row may hold megabytes.

@@ -266,7 +266,7 @@ def _open_parquet(config: SourceConfig, paths: list[str]) -> parquet.ParquetRows
         there = {field.name: field.type for field in footer.schema}
         columns.append(list(dict.fromkeys(needed + _further_columns(config, there, footer.path))))
     if any(names != columns[0] for names in columns):
-        raise UserError(f"source {config.name!r} mixes files with different image columns; make a source of each")
+        raise UserError(f"source {config.name!r} mixes files with different columns; make a source of each")
     return parquet.ParquetRows(footers, columns[0], cached_groups=2 * config.window)
 
 

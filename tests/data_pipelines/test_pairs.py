@@ -14,6 +14,9 @@ def test_the_caption_follows_the_image_and_is_trained(column):
     ("row", "reason"),
     [
         ({"jpg": None, "caption": "a cat"}, "null-image"),
+        ({"jpg": None, "caption": "a cat", "status": "success"}, "null-image"),
+        ({"jpg": None, "caption": "a cat", "status": "failed_to_download"}, "filter:not_downloaded"),
+        ({"jpg": None, "caption": None, "status": "failed_to_resize"}, "filter:not_downloaded"),
         ({"jpg": b"x", "caption": None}, "null-text"),
         ({"jpg": b"x", "caption": ""}, "null-text"),
     ],

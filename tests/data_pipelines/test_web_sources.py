@@ -135,6 +135,22 @@ def test_prepared_pairs_keep_their_captions_to_choose_from(captioned, tmp_path):
     assert 110 < sum(text.startswith("made") for text in captions(read).values()) < 160
 
 
+def test_downloads_that_failed_are_counted_by_that_and_are_no_damage(tmp_path):
+    schema = pa.schema([("jpg", pa.binary()), ("caption", pa.string()), ("status", pa.string())])
+    statuses = ["success", "failed_to_download", "failed_to_resize", "success"]
+    rows = [
+        {"jpg": png(28, 28) if status == "success" else None, "caption": "c", "status": status} for status in statuses
+    ]
+    source = SourceConfig("mine", "pairs", (write(tmp_path / "pairs.parquet", rows, schema),))
+    assert by_reason(elements(source, 4)) == {"filter:not_downloaded": 2}
+    recipe = Recipe("pairs", None, Filters(), captions=(), features={}, max_pixels=10**6, shard_mib=1)
+    preparation = open_inputs(recipe, list(source.paths), tmp_path / "shards")
+    with preparation.begun():
+        told = preparation.finish([prepare_unit(unit) for unit in preparation.units], 0.0)
+    assert (told["documents"], told["dropped"]) == (2, {})
+    assert told["filtered"]["filter:not_downloaded"]["documents"] == 2
+
+
 def test_evaluation_takes_the_first_caption(captioned):
     assert next(iter(read_documents(captioned))).parts[1].text == "alt 0"
 
