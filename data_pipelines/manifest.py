@@ -151,3 +151,8 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)
+
+
+def left_aside(folder: Path) -> list[Path]:
+    """Returns what `write_json` left behind in a folder where it was killed."""
+    return list(folder.glob(".*.json.[0-9]*"))

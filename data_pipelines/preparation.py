@@ -44,8 +44,9 @@ class Preparation:
         Raises:
           UserError: it holds something else, another preparation, or one that is at work now.
         """
+        ours = {self.output / LOCK, *manifest.left_aside(self.output)}
         taken = self.output.exists() and not (self.output / ASKED).exists()
-        if taken and (not self.output.is_dir() or any(path.name != LOCK for path in self.output.iterdir())):
+        if taken and not (self.output.is_dir() and ours.issuperset(self.output.iterdir())):
             raise UserError(f"--output: {self.output} holds something else; name an empty or a new folder")
         self.output.mkdir(parents=True, exist_ok=True)
         with open(self.output / LOCK, "w") as lock:
@@ -54,6 +55,8 @@ class Preparation:
             except BlockingIOError:
                 raise UserError(f"another preparation is at work in {self.output}; wait for its end") from None
             self._check_asked()
+            for path in (*manifest.left_aside(self.output), *manifest.left_aside(self.output / "units")):
+                path.unlink()
             shutil.rmtree(self.output / ASIDE, ignore_errors=True)
             if not all(map(finished, self.units)):
                 (self.output / manifest.MANIFEST).unlink(missing_ok=True)  # it would tell of shards that change now

@@ -190,6 +190,28 @@ def test_killed_in_the_middle_of_an_input_and_started_again_it_makes_the_same_by
     assert not (out / ".aside").exists()
 
 
+@pytest.mark.parametrize("killed", ["preparation.json", "00000.json", "manifest.json"])
+def test_killed_while_it_writes_of_itself_it_goes_on_and_leaves_nothing_behind(tmp_path, monkeypatch, killed):
+    """What is written aside stays there, under the number of a process that is gone."""
+    inputs, out, replace = several(tmp_path, files=1, rows=5), tmp_path / "out", os.replace
+
+    def end(source: Path, target: Path) -> None:
+        if target.name == killed:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", end)
+        patched.setattr(os, "getpid", lambda: 1)
+        with pytest.raises(KeyboardInterrupt):
+            here(opened(inputs, out))
+    assert len(list(out.rglob(f".{killed}.1"))) == 1
+    here(opened(inputs, out))
+    assert not list(out.rglob(".*.json.*"))
+    here(opened(inputs, tmp_path / "unbroken"))
+    assert contents(out) == contents(tmp_path / "unbroken")
+
+
 def wait_until(holds: Callable[[], bool]) -> None:
     end = time.monotonic() + 60
     while not holds():
