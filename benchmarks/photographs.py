@@ -64,5 +64,5 @@ def write(folder: Path, megapixels: float) -> int:
     pq.write_table(table, folder / "pairs.parquet")
     recipe = Recipe("pairs", None, Filters(), captions=(), features={}, max_pixels=64_000_000, shard_mib=256)
     preparation = prepare.open_inputs(recipe, [str(folder / "pairs.parquet")], folder / "shards")
-    prepare.prepare(preparation, processes=1, max_bad_fraction=0.0)
+    prepare.prepare(preparation, processes=1, max_bad_fraction=0.0, keep_cut_short=False)
     return sum(map(len, images)) // len(images)

@@ -6,6 +6,7 @@
       "columns": {"images": ["bytes"], ...},        the form of every row (training_form.py)
       "documents": 1000, "images": 2310, "bytes": 123456789, "seen": 1004,
       "dropped": {"null-text": {"documents": 3, "example": "page.parquet:17", "message": "..."}},
+      "cut_short": [{"input": "7.tar", "message": "..."}],      inputs that broke off; what comes before is kept
       "filtered": {...},                            documents that the filters took: no fault of the data
       "filtered_images": {...},                     images that they took out of documents that stayed
       "asked": {...}, "inputs": [...],              filters and sizes; the names of the files

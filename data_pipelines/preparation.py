@@ -65,13 +65,25 @@ class Preparation:
             finally:
                 shutil.rmtree(self.output / ASIDE, ignore_errors=True)
 
-    def finish(self, reports: Sequence[Report], max_bad_fraction: float) -> dict[str, Any]:
+    def finish(self, reports: Sequence[Report], max_bad_fraction: float, *, keep_cut_short: bool) -> dict[str, Any]:
         """Writes the manifest of finished units; returns it.
 
+        Args:
+          reports: of all units, in their order.
+          max_bad_fraction: share of the rows that may be bad.
+          keep_cut_short: whether inputs may break off, and what comes before stays.
+
         Raises:
-          UserError: too many rows are bad.
+          UserError: too many rows are bad, or inputs break off.
         """
         check_bad_fraction(reports, max_bad_fraction)
+        cut_short = self._cut_short(reports)
+        if cut_short and not keep_cut_short:
+            path, message = next(iter(cut_short.items()))
+            raise UserError(
+                f"{len(cut_short)} of {len(reports)} inputs break off, such as {path}: {message}; then give the same "
+                "command, or give it with --keep_cut_short to keep what comes before"
+            )
         told = self._manifest(reports)
         path = self.output / manifest.MANIFEST
         if not path.exists() or path.read_bytes() != manifest.as_json(told):
@@ -111,6 +123,10 @@ class Preparation:
                 "name another --output, or give the command that began it"
             )
 
+    def _cut_short(self, reports: Sequence[Report]) -> dict[str, str]:
+        """Returns the inputs that break off, each with the sentence that says where."""
+        return {path: report.cut_short for path, report in zip(self.inputs, reports, strict=True) if report.cut_short}
+
     def _manifest(self, reports: Sequence[Report]) -> dict[str, Any]:
         shards = [shard for report in reports for shard in shards_of(report, self.output)]
         columns: dict[str, Any] = {}
@@ -127,6 +143,10 @@ class Preparation:
             "bytes": sum(report.bytes for report in reports),
             "seen": sum(report.seen for report in reports),
             "dropped": {reason: told for reason, told in dropped.items() if not reason.startswith(FILTERED)},
+            "cut_short": [
+                {"input": os.path.basename(path), "message": message}
+                for path, message in self._cut_short(reports).items()
+            ],
             "filtered": {reason: told for reason, told in dropped.items() if reason.startswith(FILTERED)},
             "filtered_images": _summed([report.filtered_images for report in reports]),
             "asked": {name: value for name, value in asked.items() if name != "image_root"},

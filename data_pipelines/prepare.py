@@ -53,12 +53,14 @@ def open_inputs(recipe: Recipe, patterns: Sequence[str], output: Path) -> Prepar
     return Preparation(recipe, tuple(str(Path(path).absolute()) for path in inputs), output.absolute())
 
 
-def prepare(preparation: Preparation, *, processes: int, max_bad_fraction: float) -> dict[str, Any]:
+def prepare(
+    preparation: Preparation, *, processes: int, max_bad_fraction: float, keep_cut_short: bool
+) -> dict[str, Any]:
     """Prepares all inputs on this machine, and tells on stderr how it goes; returns the manifest.
 
     Raises:
-      UserError: the folder holds something else, an input cannot be read, or more than `max_bad_fraction` of the rows
-        are bad.
+      UserError: the folder holds something else, an input cannot be read, more than `max_bad_fraction` of the rows
+        are bad, or inputs break off and `keep_cut_short` is not given.
     """
     with preparation.begun():
         reports = {unit.number: report for unit in preparation.units if (report := finished(unit))}
@@ -75,7 +77,9 @@ def prepare(preparation: Preparation, *, processes: int, max_bad_fraction: float
             made = prepare_pool.run(rest, processes, watch)
             progress.end(made, list(made))
             reports |= made
-        return preparation.finish([reports[number] for number in sorted(reports)], max_bad_fraction)
+        return preparation.finish(
+            [reports[number] for number in sorted(reports)], max_bad_fraction, keep_cut_short=keep_cut_short
+        )
 
 
 def verify(folder: Path) -> manifest.Manifest:
@@ -135,9 +139,10 @@ def _prepare(arguments: argparse.Namespace, beam: list[str] | None) -> dict[str,
         shard_mib=arguments.shard_mib,
     )
     preparation = open_inputs(recipe, arguments.input, arguments.output)
+    allowed = {"max_bad_fraction": arguments.max_bad_fraction, "keep_cut_short": arguments.keep_cut_short}
     if beam is not None:
-        return prepare_beam.prepare(preparation, beam, max_bad_fraction=arguments.max_bad_fraction)
-    return prepare(preparation, processes=arguments.processes, max_bad_fraction=arguments.max_bad_fraction)
+        return prepare_beam.prepare(preparation, beam, **allowed)
+    return prepare(preparation, processes=arguments.processes, **allowed)
 
 
 def _table(text: str) -> dict[str, str]:
@@ -165,6 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--features", default="", help="field=feature,... of TFDS sets (tfds_source.py)")
     parser.add_argument("--max_pixels", type=int, default=64_000_000, help="drop documents with larger images")
     parser.add_argument("--max_bad_fraction", type=float, default=0.01, help="share of bad rows that stops the run")
+    parser.add_argument("--keep_cut_short", action="store_true", help="keep what precedes where an input breaks off")
     parser.add_argument("--shard_mib", type=int, default=256, help="size of a shard, in MiB")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="that work at once")
     parser.add_argument("--verify", action="store_true", help="check the shards in OUTPUT against its manifest")
@@ -180,6 +186,7 @@ def _summary(output: Path, told: dict[str, Any]) -> str:
     for name in ("dropped", "filtered"):
         for reason, what in told[name].items():
             lines.append(f"  {name} {what['documents']}: {reason}, such as {what['example']}: {what['message']}")
+    lines += [f"  CUT SHORT: {one['input']}: {one['message']}" for one in told["cut_short"]]
     lines += [f"  images taken {count}: {reason}" for reason, count in told["filtered_images"].items()]
     return "\n".join(lines)
 

@@ -18,13 +18,15 @@ from idefics_jax.errors import UserError
 _FAILURE = ".failure"
 
 
-def prepare(preparation: Preparation, options: Sequence[str], *, max_bad_fraction: float) -> dict[str, Any]:
+def prepare(
+    preparation: Preparation, options: Sequence[str], *, max_bad_fraction: float, keep_cut_short: bool
+) -> dict[str, Any]:
     """Prepares all inputs on a Beam runner; returns the manifest.
 
     Args:
       preparation: what to do.
       options: of the pipeline, as on a command line: ["--runner", "DirectRunner", ...].
-      max_bad_fraction: share of the rows that may be bad; it is judged when all units are done.
+      max_bad_fraction, keep_cut_short: as Preparation.finish; they are judged when all units are done.
 
     Raises:
       UserError: Beam is not installed; or as prepare.prepare.
@@ -47,7 +49,7 @@ def prepare(preparation: Preparation, options: Sequence[str], *, max_bad_fractio
                 | "Spread" >> beam.Reshuffle()
                 | "Prepare" >> beam.Map(_attempt)
                 | "Combine" >> beam.combiners.ToList()
-                | "Manifest" >> beam.Map(functools.partial(_finish, preparation, max_bad_fraction))
+                | "Manifest" >> beam.Map(functools.partial(_finish, preparation, max_bad_fraction, keep_cut_short))
             )
         if failure.exists():
             raise UserError(failure.read_text())
@@ -65,13 +67,18 @@ def _attempt(unit: Unit) -> tuple[int, Report | str]:
         return unit.number, str(error)
 
 
-def _finish(preparation: Preparation, max_bad_fraction: float, outcomes: list[tuple[int, Report | str]]) -> None:
+def _finish(
+    preparation: Preparation,
+    max_bad_fraction: float,
+    keep_cut_short: bool,
+    outcomes: list[tuple[int, Report | str]],
+) -> None:
     """Writes the manifest, or the sentence that says why there is none."""
     reports = [report for _, report in sorted(outcomes, key=lambda outcome: outcome[0])]
     try:
         for report in reports:
             if isinstance(report, str):
                 raise UserError(report)
-        preparation.finish(reports, max_bad_fraction)
+        preparation.finish(reports, max_bad_fraction, keep_cut_short=keep_cut_short)
     except UserError as error:
         (preparation.output / _FAILURE).write_text(str(error))

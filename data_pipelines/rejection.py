@@ -11,6 +11,8 @@ from idefics_jax.errors import UserError
 SMALLEST_SAMPLE = 1000
 # How reasons begin that are no damage: the config's own choice (filters.py), or a download known to have failed.
 FILTERED = "filter:"
+# The reasons of whole files that break off (tar.py, jsonl.py): what came after is not known, nor how much.
+CUT_SHORT = ("broken-tar", "broken-gzip")
 
 # Characters of a sentence about a row: it may quote the row, and a row may hold megabytes.
 _LONGEST = 500

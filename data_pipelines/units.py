@@ -19,7 +19,7 @@ from typing import Any
 from data_pipelines import filters, manifest, pairs, readers, records, training_form
 from data_pipelines.filters import Filters
 from data_pipelines.manifest import Shard
-from data_pipelines.rejection import BadRow, Rejected
+from data_pipelines.rejection import CUT_SHORT, BadRow, Rejected
 from data_pipelines.sources import KINDS
 from idefics_jax import image_gate
 from idefics_jax.documents import Image, Part
@@ -73,6 +73,7 @@ class Report:
 
     Attributes:
       seen: rows read.
+      cut_short: the sentence that says where the input breaks off; empty if it does not.
       documents: rows kept.
       images: images in those.
       bytes: of the records.
@@ -83,6 +84,7 @@ class Report:
     """
 
     seen: int = 0
+    cut_short: str = ""
     documents: int = 0
     images: int = 0
     bytes: int = 0
@@ -164,6 +166,9 @@ def _records(unit: Unit, report: Report, watch: Callable[[Unit, Report], None]) 
     """Yields the records of the rows that are kept, and counts all."""
     kind = unit.recipe.kind
     for name, row in readers.reader_of(unit.input, unit.recipe.features)(unit.input, kind):
+        if isinstance(row, Rejected) and row.reason in CUT_SHORT:
+            report.cut_short = row.message
+            continue
         report.seen += 1
         try:
             stored = None if isinstance(row, Rejected) else _stored(unit, row, report)

@@ -240,7 +240,8 @@ def prepared(kind: str, path: str, folder: Path, image_root: Path) -> dict:
     recipe = Recipe(kind, str(image_root), Filters(), captions=(), features={}, max_pixels=64_000_000, shard_mib=64)
     preparation = Preparation(recipe, (path,), folder)
     with preparation.begun():
-        return preparation.finish([prepare_unit(unit) for unit in preparation.units], max_bad_fraction=0.99)
+        reports = [prepare_unit(unit) for unit in preparation.units]
+        return preparation.finish(reports, max_bad_fraction=0.99, keep_cut_short=False)
 
 
 def documents_in(packed: list) -> set[bytes]:

@@ -1,6 +1,7 @@
 import contextlib
 import dataclasses
 import datetime
+import gzip
 import io
 import json
 import os
@@ -45,10 +46,11 @@ def several(folder: Path, files: int, rows: int) -> list[str]:
     ]
 
 
-def here(preparation: Preparation, max_bad_fraction: float = 0.5) -> dict:
+def here(preparation: Preparation, max_bad_fraction: float = 0.5, *, keep_cut_short: bool = False) -> dict:
     """Prepares in this process; returns the manifest."""
     with preparation.begun():
-        return preparation.finish([prepare_unit(unit) for unit in preparation.units], max_bad_fraction)
+        reports = [prepare_unit(unit) for unit in preparation.units]
+        return preparation.finish(reports, max_bad_fraction, keep_cut_short=keep_cut_short)
 
 
 def opened(inputs: list[str], output: Path, **changes) -> Preparation:
@@ -100,7 +102,8 @@ def test_any_number_of_processes_makes_the_same_bytes(tmp_path):
     inputs = several(tmp_path, files=3, rows=20)
     told = here(opened(inputs, tmp_path / "here"))
     for processes in (1, 2):
-        made = prepare.prepare(opened(inputs, tmp_path / f"{processes}"), processes=processes, max_bad_fraction=0.5)
+        preparation = opened(inputs, tmp_path / f"{processes}")
+        made = prepare.prepare(preparation, processes=processes, max_bad_fraction=0.5, keep_cut_short=False)
         assert made == told
         assert contents(tmp_path / f"{processes}") == contents(tmp_path / "here")
     assert (told["documents"], told["seen"]) == (57, 60)
@@ -276,6 +279,22 @@ def test_rows_of_a_damaged_row_group_are_dropped_and_the_others_kept(tmp_path):
     assert (told["documents"], told["seen"]) == (20, 30)
     assert told["dropped"]["damaged-parquet"]["documents"] == 10
     assert told["dropped"]["damaged-parquet"]["example"] == "a.parquet:10"
+
+
+def test_inputs_that_break_off_are_refused_unless_told_otherwise_and_named_then(tmp_path):
+    line = json.dumps({"question": "2 + 2?", "answer": "4"}).encode() + b"\n"
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(line * 10) + gzip.compress(line * 10)[:-4])
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(line * 10))
+    inputs, out = [str(tmp_path / name) for name in ("a.jsonl.gz", "b.jsonl.gz")], tmp_path / "out"
+    with pytest.raises(UserError, match=r"1 of 2 inputs break off, such as .*/a\.jsonl\.gz: .* --keep_cut_short"):
+        here(opened(inputs, out, kind="text"))
+    assert not (out / manifest.MANIFEST).exists()
+    told = here(opened(inputs, out, kind="text"), keep_cut_short=True)
+    assert [one["input"] for one in told["cut_short"]] == ["a.jsonl.gz"]
+    assert (told["documents"], told["seen"], told["dropped"]) == (30, 30, {})
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(line * 25))
+    told = here(opened(inputs, out, kind="text"))
+    assert (told["documents"], told["cut_short"]) == (35, [])
 
 
 def test_too_many_bad_rows_stop_the_run_with_reasons_and_the_mend(tmp_path):

@@ -130,7 +130,7 @@ def test_prepared_pairs_keep_their_captions_to_choose_from(captioned, tmp_path):
     recipe = Recipe("pairs", None, Filters(), captions=(), features={}, max_pixels=10**6, shard_mib=1)
     preparation = open_inputs(recipe, list(captioned.paths), tmp_path / "shards")
     with preparation.begun():
-        preparation.finish([prepare_unit(unit) for unit in preparation.units], 0.0)
+        preparation.finish([prepare_unit(unit) for unit in preparation.units], 0.0, keep_cut_short=False)
     read = elements(dataclasses.replace(captioned, paths=(str(tmp_path / "shards"),)), 200)
     assert 110 < sum(text.startswith("made") for text in captions(read).values()) < 160
 
@@ -146,7 +146,7 @@ def test_downloads_that_failed_are_counted_by_that_and_are_no_damage(tmp_path):
     recipe = Recipe("pairs", None, Filters(), captions=(), features={}, max_pixels=10**6, shard_mib=1)
     preparation = open_inputs(recipe, list(source.paths), tmp_path / "shards")
     with preparation.begun():
-        told = preparation.finish([prepare_unit(unit) for unit in preparation.units], 0.0)
+        told = preparation.finish([prepare_unit(unit) for unit in preparation.units], 0.0, keep_cut_short=False)
     assert (told["documents"], told["dropped"]) == (2, {})
     assert told["filtered"]["filter:not_downloaded"]["documents"] == 2
 
@@ -199,7 +199,7 @@ def test_pages_prepared_with_their_images_are_the_pages_read_with_them(pages, tm
     recipe = Recipe("obelics", pages.image_root, chosen, captions=(), features={}, max_pixels=10**6, shard_mib=1)
     preparation = open_inputs(recipe, list(pages.paths), tmp_path / "shards")
     with preparation.begun():
-        told = preparation.finish([prepare_unit(unit) for unit in preparation.units], 0.0)
+        told = preparation.finish([prepare_unit(unit) for unit in preparation.units], 0.0, keep_cut_short=False)
     prepared = dataclasses.replace(pages, paths=(str(tmp_path / "shards"),), image_root=None)
     read = elements(dataclasses.replace(pages, filters=chosen), 10)
     expected = {element[0].id: element[0].parts for element in read if not isinstance(element[0], Rejected)}
