@@ -10,7 +10,6 @@ import functools
 import json
 import multiprocessing
 import os
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipelines import downloads
+from data_pipelines import downloads, folder_lock
 from idefics_jax.errors import UserError
 
 # The file that makes a folder an index, and those beside it: an item of each array for each URL, by the URL's hash.
@@ -49,13 +48,28 @@ def build(paths: Sequence[str], folder: str, *, sha256: str, processes: int) -> 
       Counts of `urls`, `repeated` (downloads of a URL that has one), `failed` and `cut_short` (files).
 
     Raises:
-      UserError: the folder exists, a file cannot be read, or nothing was downloaded.
+      UserError: the folder exists or is being made, a file cannot be read, or nothing was downloaded.
     """
+    partial = Path(f"{os.path.normpath(folder)}.partial")
+    _check_new(folder)
+    with folder_lock.locked(partial):
+        _check_new(folder)  # one that had the lock may have ended
+        for left in partial.iterdir():
+            if left.name != folder_lock.LOCK:
+                left.unlink()
+        counts = _fill(partial, paths, folder, sha256, processes)
+        partial.rename(folder)
+        Path(folder, folder_lock.LOCK).unlink()
+    return counts
+
+
+def _check_new(folder: str) -> None:
     if os.path.exists(folder):
         raise UserError(f"{folder} is there already; name a new folder, or delete it")
-    partial = Path(f"{os.path.normpath(folder)}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+
+
+def _fill(partial: Path, paths: Sequence[str], folder: str, sha256: str, processes: int) -> dict[str, int]:
+    """Writes the files of an index that is to be moved to a folder; returns the counts."""
     files, counts = [], collections.Counter(urls=0, repeated=0, failed=0, cut_short=0)
     with _Parts(partial) as parts:
         for path, found in _read_files(paths, sha256, processes):
@@ -70,7 +84,6 @@ def build(paths: Sequence[str], folder: str, *, sha256: str, processes: int) -> 
         raise UserError(f"{', '.join(paths[:3])}: no image was downloaded; name what img2dataset wrote")
     head = {"format": FORMAT, "urls": counts["urls"], "sha256": sha256, "counts": dict(counts), "files": files}
     (partial / HEAD).write_text(json.dumps(head, indent=1))
-    partial.rename(folder)
     return dict(counts)
 
 

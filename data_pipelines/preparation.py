@@ -1,12 +1,11 @@
 """A folder being prepared: what was asked for, its units, and the manifest they add up to.
 
-preparation.json holds what was asked for, so that a folder is never filled by two different commands. A lock, which
-ends with the process that holds it, keeps two of the same apart.
+preparation.json holds what was asked for, so that a folder is never filled by two different commands. A lock keeps
+two of the same apart.
 """
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import shutil
@@ -14,14 +13,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipelines import manifest
+from data_pipelines import folder_lock, manifest
 from data_pipelines.rejection import FILTERED, SMALLEST_SAMPLE
 from data_pipelines.units import ASIDE, Recipe, Report, Unit, finished, shards_of
 from idefics_jax import settings
 from idefics_jax.errors import UserError
 
 ASKED = "preparation.json"
-LOCK = ".lock"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,16 +42,11 @@ class Preparation:
         Raises:
           UserError: it holds something else, another preparation, or one that is at work now.
         """
-        ours = {self.output / LOCK, *manifest.left_aside(self.output)}
+        ours = {self.output / folder_lock.LOCK, *manifest.left_aside(self.output)}
         taken = self.output.exists() and not (self.output / ASKED).exists()
         if taken and not (self.output.is_dir() and ours.issuperset(self.output.iterdir())):
             raise UserError(f"--output: {self.output} holds something else; name an empty or a new folder")
-        self.output.mkdir(parents=True, exist_ok=True)
-        with open(self.output / LOCK, "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"another preparation is at work in {self.output}; wait for its end") from None
+        with folder_lock.locked(self.output):
             self._check_asked()
             for path in (*manifest.left_aside(self.output), *manifest.left_aside(self.output / "units")):
                 path.unlink()

@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from data_pipelines import obelics
+from data_pipelines import downloads, obelics
 from data_pipelines.image_files import read_image
-from data_pipelines.image_index import HEAD, build
+from data_pipelines.image_index import ARRAYS, HEAD, build
 from data_pipelines.image_store import Images
 from data_pipelines.rejection import BadRow
 from idefics_jax.documents import Image, Text
@@ -200,6 +200,25 @@ def test_what_no_index_can_be_made_of_is_refused(tmp_path):
     (tmp_path / "index" / HEAD).write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         Images(str(tmp_path / "index"))
+
+
+def test_two_builds_of_an_index_at_once_are_kept_apart_and_what_a_killed_one_left_goes(tmp_path, monkeypatch):
+    path = write_parquet(tmp_path / "0.parquet", fetched(range(9)))
+    read = downloads.read
+
+    def read_while_another_begins(*arguments, **options):
+        monkeypatch.setattr(downloads, "read", read)
+        with pytest.raises(UserError, match="another command is at work in .*index.partial"):
+            index([path], tmp_path / "index")
+        return read(*arguments, **options)
+
+    monkeypatch.setattr(downloads, "read", read_while_another_begins)
+    (tmp_path / "index.partial").mkdir()
+    (tmp_path / "index.partial" / "high.bin").write_bytes(bytes(99))
+    assert len(index([path], tmp_path / "index")) == 7
+    assert downloads.read is read
+    assert sorted(file.name for file in (tmp_path / "index").iterdir()) == sorted([HEAD, *(f"{n}.bin" for n in ARRAYS)])
+    assert not (tmp_path / "index.partial").exists()
 
 
 def test_many_threads_read_more_files_than_stay_open(tmp_path):

@@ -242,7 +242,7 @@ def test_another_command_in_the_same_folder_is_refused_with_what_differs(tmp_pat
 
 def test_two_at_once_in_a_folder_are_kept_apart(tmp_path):
     inputs, out = several(tmp_path, files=1, rows=5), tmp_path / "out"
-    with opened(inputs, out).begun(), pytest.raises(UserError, match="another preparation is at work"):
+    with opened(inputs, out).begun(), pytest.raises(UserError, match="another command is at work in"):
         here(opened(inputs, out))
 
 
