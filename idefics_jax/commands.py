@@ -14,6 +14,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from idefics_jax import processes
 from idefics_jax.errors import UserError
 
 flags.disclaim_key_flags()  # --help shows a flag with the command that defines it by a function here
@@ -35,16 +36,24 @@ def run(main: Callable[..., None], *, required: tuple[str, ...] = (), takes_comm
         rest = _parse(sys.argv, required, takes_command)
         main(*([rest] if takes_command else []))
     except UserError as error:
+        processes.hold_back()
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(USAGE_ERROR)
+        processes.leave(USAGE_ERROR)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except OSError as error:
-        if error.errno not in PLACE_ERRORS:
+        processes.leave(1)
+    except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, OSError) and error.errno in PLACE_ERRORS:
+            where = f"{error.filename}: {error.strerror}"
+            print(f"error: {where}; free some space or choose another folder", file=sys.stderr)
+            processes.leave(USAGE_ERROR)
+        if not processes.several():
             raise
-        print(f"error: {error.filename}: {error.strerror}; free some space or choose another folder", file=sys.stderr)
-        sys.exit(USAGE_ERROR)
+        processes.hold_back()
+        traceback.print_exc()
+        processes.leave(1)
+    except SystemExit as error:
+        processes.leave(error.code)
 
 
 def _parse(argv: list[str], required: tuple[str, ...], takes_command: bool) -> list[str]:

@@ -7,13 +7,14 @@ The same command goes on with a run that was stopped.
 
     python -m idefics_jax.train --config configs/idefics2_8b/stage1.py --plan
 
-prints what would train, and what it takes, without a weight.
+prints what would train, and what it takes, without a weight. A run of several processes is one such command in each
+(idefics_jax/processes.py says how they find each other; launch/processes.py starts them on this machine).
 """
 
 from absl import flags, logging
 from etils import epath
 
-from idefics_jax import commands
+from idefics_jax import commands, processes
 from idefics_jax.errors import UserError
 
 _CONFIG = commands.define_config(None, "what to train, configs/NAME.py[:argument]")
@@ -35,7 +36,8 @@ def main() -> None:
         return
     if _WORKDIR.value is None:
         raise UserError("--workdir is missing; see --help")
-    train(config, values, epath.Path(_WORKDIR.value).resolve())
+    with processes.joined():
+        train(config, values, epath.Path(_WORKDIR.value).resolve())
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import safetensors.numpy
 from etils import epath
 from jax.experimental import multihost_utils
 
+from idefics_jax import processes
 from idefics_jax.config import Idefics2Config
 from idefics_jax.convert.hf_folder import LazyTensor, open_safetensors
 from idefics_jax.convert.rules import TRANSPOSE, Leaf, leaves
@@ -105,10 +106,10 @@ def save_adapter(
     modules = _whole_modules(trained, adapters)
     settings = _settings(chosen, adapters, config)
     settings |= {"base_model_name_or_path": base, "modules_to_save": [WHOLE_MODULES[name] for name in modules] or None}
-    tensors = {PREFIX + name: array for name, array in _tensors(adapters, config)}
+    tensors = {PREFIX + name: array for name, array in _tensors(processes.fetch(adapters), config)}
     inside = tuple(f"{name}/" for name in modules)
     whole = {path: leaf for path, leaf in paths.flatten(params).items() if path.startswith(inside)}
-    whole = paths.flatten(quantize.dequantize(paths.unflatten(whole), jnp.float32))
+    whole = paths.flatten(quantize.dequantize(processes.fetch(paths.unflatten(whole)), jnp.float32))
     for leaf in leaves(config):
         if leaf.rule.ours in whole:
             tensors |= {PREFIX + n: x for n, x in _layers(leaf, whole[leaf.rule.ours], leaf.rule.op)}

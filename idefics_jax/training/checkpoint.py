@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from idefics_jax import full_disk
+from idefics_jax import full_disk, processes
 from idefics_jax.errors import UserError
 from idefics_jax.fingerprint import changed, fingerprint
 from idefics_jax.training.data_position import RestorePosition, SavePosition
@@ -78,7 +78,7 @@ class Checkpoints:
           sound: the newest checkpoint of up to so many steps is kept beside the newest of all; None where nothing is
             in doubt.
         """
-        if step == self.latest_step():
+        if step == self._manager.latest_step():  # one that is still being written among them
             return
         full_disk.check_room(self.path, state)
         self._kept.sound = sound
@@ -150,20 +150,22 @@ class Checkpoints:
         return frozen
 
     def _read(self, step: int, abstract_state: Any, data: grain.DatasetIterator) -> tuple[Any, dict[str, Any]]:
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), meta=ocp.args.JsonRestore()),
-        )
+        wanted = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), meta=ocp.args.JsonRestore())
+        restored = processes.by_all(lambda: self._manager.restore(step, args=wanted))
         damaged = changed(restored.state, restored.meta["fingerprint"])
         if damaged:
             raise ValueError(f"{damaged[0]} and {len(damaged) - 1} more leaves are not what was saved")
-        self._manager.restore(step, args=ocp.args.Composite(data=RestorePosition(data)))
+        where = ocp.args.Composite(data=RestorePosition(data))
+        processes.by_all(lambda: self._manager.restore(step, args=where))
         self._frozen = restored.meta["frozen"]
         return restored.state, restored.meta["progress"]
 
     def _set_aside(self, step: int) -> None:
         self._manager.close()
-        (self.path / str(step)).rename(self.path / f"{step}.damaged")
+        processes.wait_for_all(f"{step} is read by nobody")
+        if processes.first():
+            (self.path / str(step)).rename(self.path / f"{step}.damaged")
+        processes.wait_for_all(f"{step} is set aside")
         self._manager = self._open()
 
     def wait(self) -> None:

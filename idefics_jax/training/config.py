@@ -16,8 +16,8 @@ from idefics_jax.stack import REMAT_POLICIES
 from idefics_jax.training.optimizer import OptimizerConfig
 
 DTYPES = ("float32", "bfloat16")
-# May differ when a run is resumed: they do not change what is learnt.
-FREE_ON_RESUME = ("log_every", "checkpoint_every", "keep_checkpoints")
+# May differ when a run is resumed: they do not change what is learnt, but for rounding.
+FREE_ON_RESUME = ("log_every", "checkpoint_every", "keep_checkpoints", "mesh", "sharding")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,17 +2,20 @@
 
 import contextlib
 import json
+import os
+import re
+import secrets
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
-import jax
 from etils import epath
+from jax.experimental import multihost_utils
 
 from data_pipelines import pipeline, position
-from idefics_jax import sharding
+from idefics_jax import processes, sharding
 from idefics_jax.convert.orbax import save_model
 from idefics_jax.convert.peft import about, save_adapter
 from idefics_jax.errors import UserError
@@ -25,9 +28,9 @@ from idefics_jax.training.curves import draw_curves
 from idefics_jax.training.divergence import Stopped
 from idefics_jax.training.optimizer import make_schedule
 from idefics_jax.training.progress import Progress
-from idefics_jax.training.run import Run, assemble
+from idefics_jax.training.run import Run, assemble, row_share
 from idefics_jax.training.summary import write_summary
-from idefics_jax.training.writers import RunWriter
+from idefics_jax.training.writers import RunWriter, silent_writer
 
 # The settings of a run, in its work directory.
 RUN_FILE = "run.json"
@@ -35,6 +38,8 @@ RUN_FILE = "run.json"
 
 def train(config: TrainConfig, values: dict[str, Any], workdir: epath.Path) -> None:
     """Trains, or goes on with, the run in `workdir`, and leaves the trained model in `workdir/model`.
+
+    Several processes that have joined (processes.joined) all call it, and do the same at the same step.
 
     Args:
       config: the settings.
@@ -46,18 +51,20 @@ def train(config: TrainConfig, values: dict[str, Any], workdir: epath.Path) -> N
         beyond its limit, or the disk is full.
     """
     check_same_run(values, workdir)
+    check_shared(workdir)
     mesh = sharding.make_mesh(config.mesh)
     with sharding.use_mesh(mesh, sharding.RULES[config.sharding]):
         run, trainable, frozen = assemble(config, mesh)
-        data = pipeline.batches(
-            config.data, run.processor, process_index=jax.process_index(), process_count=jax.process_count()
-        )
+        share = row_share(mesh, config.data.shape.rows)
+        data = pipeline.batches(config.data, run.processor, process_index=share.index, process_count=share.count)
         checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
         with contextlib.closing(data), contextlib.closing(checkpoints):
             state, frozen, before = start(run, trainable, frozen, data, checkpoints, workdir)
-            record_run(values, workdir)
+            if processes.first():
+                record_run(values, workdir)
             del trainable
-            state, done = steps(run, state, frozen, before, data, checkpoints, workdir)
+            progress = Progress(config.steps, config.diverged_after, before, leads=share.leads)
+            state, done = steps(run, state, frozen, progress, data, checkpoints, workdir)
         if done:
             finish(run, state, frozen, data, workdir)
         else:
@@ -79,11 +86,30 @@ def check_same_run(values: dict[str, Any], workdir: epath.Path) -> None:
     if not held or not path.exists():
         return
     lines = differences(json.loads(path.read_text()), json.loads(json.dumps(values)))
-    changed = [line for line in lines if line.split(":")[0] not in FREE_ON_RESUME]
+    changed = [line for line in lines if re.split("[.:]", line)[0] not in FREE_ON_RESUME]
     if changed:
         raise UserError(
             f"{workdir} holds a run with other settings ({'; '.join(changed)}); give them as they were, or choose "
             "another --workdir"
+        )
+
+
+def check_shared(workdir: epath.Path) -> None:
+    """Raises UserError where `workdir` is not the same folder to all processes: each machine has disks of its own."""
+    if not processes.several():
+        return
+    mark = workdir / f".seen-{processes.from_all(secrets.token_hex(8))[0]}"
+    if processes.first():
+        workdir.mkdir(parents=True, exist_ok=True)
+        mark.write_text("")
+    processes.wait_for_all("mark in the work directory")
+    blind = [index for index, seen in enumerate(processes.from_all(mark.exists())) if not seen]
+    if processes.first():
+        mark.unlink()
+    if blind:
+        raise UserError(
+            f"--workdir {workdir} of process {blind[0]} is not that of process 0; give a folder that all machines "
+            "share, as gs://BUCKET/FOLDER"
         )
 
 
@@ -117,7 +143,7 @@ def steps(
     run: Run,
     state: Any,
     frozen: Any,
-    before: dict[str, Any] | None,
+    progress: Progress,
     data: grain.DatasetIterator,
     checkpoints: Checkpoints,
     workdir: epath.Path,
@@ -132,9 +158,9 @@ def steps(
     """
     config, step = run.config, int(state["step"])
     rate = make_schedule(config.optimizer, config.optimizer.learning_rate, config.steps)
-    progress = Progress(config.steps, config.diverged_after, before)
-    with contextlib.closing(RunWriter(workdir, step)) as writer, stop_on_signal() as stopping:
-        while step < config.steps and not stopping:
+    writing = RunWriter(workdir, step) if processes.first() else silent_writer()
+    with contextlib.closing(writing) as writer, stop_on_signal() as stopping:
+        while step < config.steps and not stopping(step):
             asked = time.monotonic()
             packed = next(data)
             waited = time.monotonic() - asked
@@ -180,10 +206,11 @@ def stopped_message(stopped: Stopped, checkpoints: Checkpoints) -> UserError:
 def finish(run: Run, state: Any, frozen: Any, data: grain.DatasetIterator, workdir: epath.Path) -> None:
     """Writes the trained model, its adapter alone if it has one, where the data stands, the curve and the summary."""
     (workdir / position.FOLDER).mkdir(exist_ok=True)
-    position.write(workdir / position.FOLDER, data, first_process=jax.process_index() == 0)
+    position.write(workdir / position.FOLDER, data, first_process=processes.first())
     save_model(workdir / "model", run.final_params(state["trainable"], frozen), run.model_config, run.processor)
-    draw_curves(workdir)
-    write_summary(workdir, state["trainable"], frozen)
+    if processes.first():
+        draw_curves(workdir)
+        write_summary(workdir, state["trainable"], frozen)
     if run.config.lora:
         write_adapter(run, state["trainable"], frozen, workdir / ADAPTER_IN_WORKDIR)
     print(f"trained: model in {workdir / 'model'}, loss curve in {workdir / 'loss.png'}", flush=True)
@@ -201,17 +228,25 @@ def write_adapter(run: Run, trainable: Any, frozen: Any, folder: epath.Path) -> 
 
 
 @contextlib.contextmanager
-def stop_on_signal() -> Iterator[list[int]]:
-    """Yields a list that SIGTERM or the first Ctrl-C fills; a second one ends the process at once."""
+def stop_on_signal() -> Iterator[Callable[[int], bool]]:
+    """Yields `stopping(step)`, to be asked before every step: whether a signal has come and the run stops here.
+
+    SIGTERM or the first Ctrl-C asks to stop; a second one ends the process at once. With several processes the signal
+    may come to any of them, and JAX agrees on the step between them (it has SIGTERM's handler); they wait for each
+    other to save, so a further SIGTERM changes nothing.
+    """
     received: list[int] = []
 
     def on_signal(number: int, _: Any) -> None:
         received.append(number)
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        if processes.several():
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    ours = (signal.SIGINT,) if processes.several() else (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, on_signal) for number in ours}
     try:
-        yield received
+        yield multihost_utils.reached_preemption_sync_point if processes.several() else lambda _: bool(received)
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -1,12 +1,16 @@
 """What a run says about itself: one line an interval, the same numbers to the writer, and an end when they go bad."""
 
+import collections
 import functools
+import itertools
+import statistics
 import time
 from typing import Any
 
 import jax
 from clu import metrics as clu_metrics
 
+from idefics_jax import processes
 from idefics_jax.training.divergence import Halted, LossWatch, named
 from idefics_jax.training.step import RUNNING
 
@@ -16,21 +20,24 @@ AVERAGED = ("loss", "accuracy", "grad_norm", "update_norm", "token_fill", "patch
 class Progress:
     """Collects the metrics of each step without waiting for them, and reads them once an interval."""
 
-    def __init__(self, steps: int, diverged_after: int, state: dict[str, Any] | None):
+    def __init__(self, steps: int, diverged_after: int, state: dict[str, Any] | None, *, leads: bool):
         """Starts, or goes on with what `state` returned when the run was stopped.
 
         Args:
           steps: the last step.
           diverged_after: see divergence.LossWatch.
           state: from a checkpoint, or None.
+          leads: whether this process tells the others of its documents (run.RowShare): all of them see all, and come
+            to the same judgement.
         """
         self._steps = steps
+        self._leads = leads
         self._watch = LossWatch(diverged_after, state["watch"] if state else None)
         self._watched = 0  # how many of `_metrics` the watch has seen
         # Metrics of the steps since the last report before the run was stopped.
         self._before: list[dict[str, float]] = state["interval"] if state else []
         self._metrics: list[dict[str, jax.Array]] = []
-        self._documents: list[tuple[str, ...]] = []
+        self._documents: list[tuple[str, ...]] = []  # of this process, of the steps that the watch has not seen
         self._named: set[str] = set()  # reasons of rejection that an example was printed of
         self._data_wait = 0.0
         self._since = time.monotonic()
@@ -48,7 +55,10 @@ class Progress:
           Stopped: a step was not finite and may not be skipped, or the loss has diverged.
         """
         known = jax.device_get(self._metrics)
-        for metrics, documents in list(zip(known, self._documents, strict=True))[self._watched :]:
+        told = processes.from_all(self._documents if self._leads else [() for _ in self._documents])
+        self._documents = []
+        for metrics, parts in zip(known[self._watched :], zip(*told, strict=True), strict=True):
+            documents = tuple(itertools.chain.from_iterable(parts))
             step, loss = int(metrics["step"]), float(metrics["loss"])
             if int(metrics["halted_at"]) != RUNNING:
                 raise Halted(int(metrics["halted_at"]), loss, documents)
@@ -85,14 +95,15 @@ class Progress:
         Args:
           step: the last one done.
           learning_rate: of that step.
-          rejected: documents rejected so far, by reason.
+          rejected: documents that this process has rejected so far, by reason.
           examples: the name of one document for each of these reasons; printed when the reason first comes up.
-          epochs: how often each source has been read through.
+          epochs: how often this process has read each source's own part through.
 
         Raises:
           Stopped: see `interval`.
         """
         interval = self.interval()
+        rejected, examples, epochs = self._of_all(rejected, examples, epochs)
         means = averages([metrics for metrics in interval if not metrics["skipped"]] or interval)
         now = time.monotonic()
         seconds = now - self._since
@@ -111,7 +122,6 @@ class Progress:
         self._named |= rejected.keys()
         self._before = []
         self._metrics.clear()
-        self._documents.clear()
         self._watched = 0
         self._data_wait, self._since = 0.0, now
         scalars = {f"train/{name}": value for name, value in means.items()}
@@ -119,6 +129,18 @@ class Progress:
         bad = {f"data/rejected/{reason}": float(count) for reason, count in rejected.items()}
         read = {f"data/epochs/{name}": count for name, count in epochs.items()}
         return {**scalars, "train/learning_rate": learning_rate, **speed, **bad, **read}
+
+    def _of_all(
+        self, rejected: dict[str, int], examples: dict[str, str], epochs: dict[str, float]
+    ) -> tuple[dict[str, int], dict[str, str], dict[str, float]]:
+        """Returns the same of all processes together."""
+        told = [said for said in processes.from_all([rejected, examples, epochs] if self._leads else None) if said]
+        counts: collections.Counter[str] = collections.Counter()
+        found: dict[str, str] = {}
+        for theirs, named_there, _ in told:
+            counts.update(theirs)
+            found = {**named_there, **found}
+        return dict(counts), found, {name: statistics.fmean(said[2][name] for said in told) for name in epochs}
 
     def _line(self, step: int, means: dict[str, Any], speed: dict[str, float], left: float, rejected: int) -> str:
         minutes, seconds = divmod(round(left), 60)

@@ -67,6 +67,44 @@ class Run:
         return new_rows.merge(lora.merge(params, adapters, tuple(self.config.lora.values())), adapters)
 
 
+@dataclasses.dataclass(frozen=True)
+class RowShare:
+    """Which rows of every batch this process reads.
+
+    Attributes:
+      index, count: its part and the number of parts, for pipeline.batches.
+      leads: whether no earlier process reads the same rows, as several do where a mesh cuts the parameters alone
+        between them.
+    """
+
+    index: int
+    count: int
+    leads: bool
+
+
+def row_share(mesh: Mesh, rows: int) -> RowShare:
+    """Returns what this process reads of batches of so many rows, laid out by sharding.batch_sharding.
+
+    Raises:
+      UserError: the rows cannot be spread evenly, or two processes would share some of their rows and not others.
+    """
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % ways:
+        raise UserError(f"data.shape.rows is {rows}; the mesh spreads them over {ways} devices, so give a multiple")
+    starts: dict[int, set[int]] = {}
+    for device, (part,) in sharding.batch_sharding(mesh).devices_indices_map((rows,)).items():
+        starts.setdefault(device.process_index, set()).add(part.start or 0)
+    parts = sorted({tuple(sorted(own)) for own in starts.values()})
+    if len({start for part in parts for start in part}) != sum(map(len, parts)) or len(set(map(len, parts))) > 1:
+        raise UserError(
+            f"mesh {dict(mesh.shape)} gives the {len(starts)} processes overlapping rows of the batch; choose sizes of "
+            "which the devices of a process are a multiple or a divisor"
+        )
+    here = tuple(sorted(starts[jax.process_index()]))
+    alike = [process for process, own in starts.items() if tuple(sorted(own)) == here]
+    return RowShare(parts.index(here), len(parts), leads=jax.process_index() == min(alike))
+
+
 def assemble(config: TrainConfig, mesh: Mesh) -> tuple[Run, dict[str, Any], dict[str, Any]]:
     """Builds everything a run needs, inside `sharding.use_mesh`.
 

@@ -66,6 +66,11 @@ class TensorBoardWriter(metric_writers.MetricWriter):
         self._writer.close()
 
 
+def silent_writer() -> metric_writers.MetricWriter:
+    """Returns a writer that writes nothing, for processes whose metrics another one writes."""
+    return metric_writers.MultiWriter([])
+
+
 class RunWriter(TensorBoardWriter):
     """Also keeps the scalars as one JSON object a step in `workdir/metrics.jsonl`, which can be searched and plotted.
 

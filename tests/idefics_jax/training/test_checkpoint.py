@@ -5,7 +5,6 @@ import subprocess
 import sys
 import textwrap
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,28 +17,11 @@ from idefics_jax.errors import UserError
 from idefics_jax.fingerprint import fingerprint
 from idefics_jax.full_disk import check_room
 from idefics_jax.training.checkpoint import Checkpoints
+from tests.idefics_jax.training.counting import Counting
 
 
 def state(seed: float) -> dict:
     return {"trainable": {"a": jnp.arange(6000.0) * seed, "b": jnp.ones((3, 2), jnp.bfloat16)}, "step": jnp.int32(seed)}
-
-
-class Counting(grain.DatasetIterator):
-    """0, 1, 2, ... with a state of the data pipeline's form, of one shard."""
-
-    def __init__(self):
-        super().__init__()
-        self._next = 0
-
-    def __next__(self) -> int:
-        self._next += 1
-        return self._next - 1
-
-    def get_state(self) -> dict:
-        return {"about": "{}", "shards": {"0": {"next": self._next}}}
-
-    def set_state(self, state: dict) -> None:
-        self._next = state["shards"]["0"]["next"]
 
 
 def data():
@@ -196,8 +178,8 @@ def test_a_full_disk_is_a_sentence_and_leaves_the_older_step(tmp_path):
         from etils import epath
         from idefics_jax.errors import UserError
         from idefics_jax.training.checkpoint import Checkpoints
+        from tests.idefics_jax.training.counting import Counting
         checkpoints = Checkpoints(epath.Path(sys.argv[1]), keep=2)
-        from tests.idefics_jax.training.test_checkpoint import Counting
         data = Counting()
         state = {"a": jnp.arange(50_000.0) ** 1.5}
         checkpoints.save(1, state, data, [], sound=None)

@@ -126,7 +126,7 @@ def metrics(step, loss, *, halted_at=-1, skipped=False):
 
 
 def test_an_interval_with_a_step_that_is_not_finite_is_never_handed_to_a_checkpoint():
-    progress = Progress(10, 0, None)
+    progress = Progress(10, 0, None, leads=True)
     progress.add(metrics(2, 2.0), ("a",), 0.0)
     assert [step["loss"] for step in progress.state()["interval"]] == [2.0]
     progress.add(metrics(3, "nan", halted_at=3), ("b",), 0.0)
@@ -135,7 +135,7 @@ def test_an_interval_with_a_step_that_is_not_finite_is_never_handed_to_a_checkpo
 
 
 def test_a_skipped_step_is_named_once_and_stays_out_of_the_watch(capsys):
-    progress = Progress(10, 0, None)
+    progress = Progress(10, 0, None, leads=True)
     progress.add(metrics(3, "nan", skipped=True), ("bad/0", "bad/1"), 0.0)
     for _ in range(2):
         assert progress.state()["watch"]["history"] == []

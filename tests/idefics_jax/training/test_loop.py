@@ -18,6 +18,7 @@ from idefics_jax.errors import UserError
 from idefics_jax.param_transforms import paths
 from idefics_jax.training.config import TrainConfig
 from idefics_jax.training.loop import RUN_FILE, check_same_run, record_run, train
+from tests.idefics_jax.training.small_run import config_file
 
 LEARNT = ("train/loss", "train/accuracy", "train/grad_norm", "train/token_fill", "train/patch_fill")
 
@@ -32,12 +33,6 @@ def run(values, workdir):
 @pytest.fixture(scope="module")
 def unbroken(small_values, tmp_path_factory):
     return run(small_values, tmp_path_factory.mktemp("unbroken"))
-
-
-def config_file(values, folder):
-    path = folder / "small.py"
-    path.write_text(f"from ml_collections import ConfigDict\n\ndef get_config():\n    return ConfigDict({values!r})\n")
-    return path
 
 
 def test_sigterm_saves_and_going_on_is_bit_equal_to_never_having_stopped(values, unbroken, tmp_path):
@@ -118,7 +113,7 @@ def test_another_config_in_the_same_folder_is_refused_with_the_keys(tmp_path):
     record_run(old, workdir)
     check_same_run({**old, "steps": 1}, workdir)
     (workdir / "checkpoints" / "5").mkdir(parents=True)
-    check_same_run({**old, "log_every": 1}, workdir)
+    check_same_run({**old, "log_every": 1, "mesh": {"data": 8}}, workdir)
     with pytest.raises(UserError, match=r"other settings \(optimizer.learning_rate: 0.001 -> 0.1; steps: 10 -> 20\)"):
         check_same_run({"steps": 20, "log_every": 5, "optimizer": {"learning_rate": 0.1}}, workdir)
 
