@@ -1,0 +1,199 @@
+"""Several real processes: they train as one does, share checkpoints, and end together when one of them is lost."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from etils import epath
+
+from idefics_jax import processes
+from idefics_jax.convert.orbax import load_model
+from idefics_jax.errors import UserError
+from idefics_jax.param_transforms import paths
+from idefics_jax.training.config import TrainConfig
+from idefics_jax.training.loop import train
+from idefics_jax.training.writers import read_metrics
+from launch.processes import environment, free_port
+from tests.idefics_jax.training import small_run
+
+MEMBER = ("python", "-m", "tests.launch.member")
+# From a loss to the end of the run.
+LIMIT_SECONDS = 15
+
+
+@contextlib.contextmanager
+def launched(*command, count, devices):
+    """A group, its output one stream of lines; killed if the test leaves it running."""
+    arguments = [sys.executable, "-m", "launch.processes", "-n", str(count), f"--devices={devices}", "--", *command]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as group:
+        try:
+            yield group
+        finally:
+            if group.poll() is None:
+                group.send_signal(signal.SIGTERM)
+                group.send_signal(signal.SIGTERM)
+
+
+def finished(*command, count, devices):
+    """Runs a group to its end; returns its exit status and what it printed."""
+    with launched(*command, count=count, devices=devices) as group:
+        said = group.stdout.read()
+    return group.returncode, said
+
+
+def until(lines, pattern):
+    """Reads lines up to the one that matches."""
+    said = ""
+    for line in lines:
+        said += line
+        if re.search(pattern, line):
+            return
+    raise AssertionError(said)
+
+
+def member(group, index):
+    """The pid of a process of the group."""
+    children = Path(f"/proc/{group.pid}/task/{group.pid}/children").read_text().split()
+    wanted = f"{processes.INDEX}={index}\0"
+    return next(int(pid) for pid in children if wanted in Path(f"/proc/{pid}/environ").read_text())
+
+
+@pytest.fixture(scope="module")
+def values(tmp_path_factory):
+    """A run of four steps on 8 rows, each a virtual shard of its own."""
+    folder = tmp_path_factory.mktemp("data") / "digits"
+    small_run.build_data(folder)
+    values = small_run.settings(folder)
+    values["data"]["shape"]["rows"] = values["data"]["virtual_shards"] = 8
+    for part in ("vision_config", "text_config"):
+        values["model"][part]["num_hidden_layers"] = 1
+    values |= {"steps": 4, "log_every": 1, "mesh": {"data": -1, "fsdp": 1, "tensor": 1}, "sharding": "fsdp_tensor"}
+    return values
+
+
+def test_stopped_on_one_mesh_and_ended_on_another_a_run_is_that_of_one_device(values, tmp_path):
+    """Stopped on 2 x 4 devices by a signal to one process, ended on 2 x 1 that both hold all rows: but for rounding
+    nothing changes."""
+    workdir, alone = epath.Path(tmp_path / "run"), epath.Path(tmp_path / "alone")
+    train(TrainConfig.from_config_dict(values), values, alone)
+    command = ["python", "-m", "idefics_jax.train", "--config", str(small_run.config_file(values, tmp_path))]
+    command += ["--workdir", str(workdir)]
+    two_by_four = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
+    with launched(*command, *two_by_four, count=2, devices=4) as group:
+        until(group.stdout, "new run")
+        os.kill(member(group, 1), signal.SIGTERM)
+        assert re.search(r"^\[0\] stopped and saved", group.stdout.read(), re.M)
+    assert group.returncode == 0
+    assert not (workdir / "model").exists()
+    status, said = finished(*command, "--config.mesh.data=1", "--config.mesh.tensor=2", count=2, devices=1)
+    assert status == 0, said
+    assert "[0] resumed after step" in said
+    assert "[1] step" not in said
+    for ours, theirs in zip(
+        read_metrics(workdir / "metrics.jsonl"), read_metrics(alone / "metrics.jsonl"), strict=True
+    ):
+        measured = {name for name in theirs if not name.startswith("perf/")}
+        np.testing.assert_allclose([ours[n] for n in measured], [theirs[n] for n in measured], rtol=1e-5, atol=1e-5)
+    for file in (alone / "data_position").iterdir():
+        assert (workdir / "data_position" / file.name).read_text() == file.read_text()
+    trained, wanted = (paths.flatten(load_model(folder / "model")[0]) for folder in (workdir, alone))
+    for path, leaf in wanted.items():
+        np.testing.assert_allclose(trained[path], leaf, atol=1e-5, err_msg=path)
+
+
+def test_a_checkpoint_of_four_processes_is_restored_by_two_and_by_one_to_the_bit(tmp_path):
+    """8 devices cut along one dim -> 4 along another -> 1 device."""
+    status, said = finished(*MEMBER, "save", str(tmp_path), "fsdp", count=4, devices=2)
+    assert status == 0, said
+    status, said = finished(*MEMBER, "restore", str(tmp_path), "tensor", count=2, devices=2)
+    assert status == 0, said
+    assert "[0] tensor on 4 devices, a part (2, 64, 8), equal: True" in said
+    status, said = finished(*MEMBER, "restore", str(tmp_path), "tensor", count=1, devices=1)
+    assert status == 0, said
+    assert "[0] tensor on 1 devices, a part (2, 64, 32), equal: True" in said
+
+
+@pytest.mark.parametrize(("number", "what"), [(signal.SIGKILL, "was ended by SIGKILL"), (signal.SIGSTOP, "is stopped")])
+def test_a_process_that_dies_or_freezes_ends_the_run_and_is_named(number, what):
+    with launched(*MEMBER, "beat", count=2, devices=1) as group:
+        until(group.stdout, "beat 1$")
+        lost = member(group, 1)
+        os.kill(lost, number)
+        since = time.monotonic()
+        said = group.stdout.read().splitlines()
+    assert time.monotonic() - since < LIMIT_SECONDS
+    assert said[-1] == f"error: process 1 of 2 (pid {lost}) {what}; the others were ended"
+    assert all(line.startswith("[0] beat") for line in said[:-1])
+    assert group.returncode not in (0, None)
+    assert not Path(f"/proc/{lost}").exists()
+
+
+def test_without_the_launcher_a_frozen_process_ends_the_others_by_heartbeats():
+    address = f"127.0.0.1:{free_port()}"
+    frozen, other = (
+        subprocess.Popen(
+            [sys.executable, *MEMBER[1:], "beat"],
+            env={**os.environ, **environment(address, count=2, index=index, devices=1)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in (1, 0)
+    )
+    try:
+        until(other.stdout, "beat 1$")
+        frozen.send_signal(signal.SIGSTOP)
+        _, errors = other.communicate(timeout=LIMIT_SECONDS)
+        assert other.returncode != 0
+        assert re.search(r"tasks are unhealthy \(stopped sending heartbeats\):\n1\n", errors)
+    finally:
+        for process in (frozen, other):
+            process.kill()
+            process.communicate()
+
+
+def test_a_mistake_is_one_sentence_whoever_meets_it():
+    for index, told_by in (("1", 1), ("all", 0)):
+        status, said = finished(*MEMBER, "fail", index, count=2, devices=1)
+        assert status == 2
+        assert said.splitlines()[0] == f"[{told_by}] error: mend process {index}"
+        assert re.fullmatch(rf"error: process {told_by} of 2 .* ended with status 2; .*", said.splitlines()[1])
+        assert len(said.splitlines()) == 2
+
+
+def test_a_signal_is_passed_on_once_and_the_second_kills():
+    stubborn = "import signal, time; signal.signal(signal.SIGTERM, lambda *_: print('asked', flush=True))"
+    command = ["python", "-c", f"{stubborn}; print('ready', flush=True)\nwhile True: time.sleep(0.1)"]
+    with launched(*command, count=1, devices=1) as group:
+        until(group.stdout, "ready")
+        group.send_signal(signal.SIGINT)
+        until(group.stdout, "asked")
+        group.send_signal(signal.SIGINT)
+        assert "was ended by SIGKILL" in group.stdout.read()
+    assert group.returncode == 128 + signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({processes.INDEX: None}, "JAX_PROCESS_ID is not set; .* go together"),
+        ({processes.INDEX: "2"}, "JAX_PROCESS_ID is 2 and JAX_NUM_PROCESSES 2; processes are counted from 0"),
+        ({processes.COUNT: "two"}, "JAX_NUM_PROCESSES is 'two'; it must be a whole number of at least 1"),
+        ({processes.HEARTBEAT: "0"}, "JAX_HEARTBEAT_TIMEOUT_SECONDS is '0'; it must be a whole number"),
+    ],
+)
+def test_half_an_environment_is_refused(changed, message, monkeypatch):
+    given = {processes.ADDRESS: "127.0.0.1:1", processes.COUNT: "2", processes.INDEX: "0"}
+    for name, value in {**given, **changed}.items():
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message), processes.joined():
+        pass
