@@ -1,9 +1,12 @@
 """One unit of preparation: one input file into finished shards and a report of what became of its rows.
 
 Shards are written aside and renamed, then the report (units/NUMBER.json) makes them count; a unit that is killed at
-any point leaves nothing that counts. A unit whose report is there, whose input has the size and the time of change that
-the report names, and whose shards have their sizes, is finished and is not done again. Whether processes of this
-machine or workers of Apache Beam run it, the bytes are the same.
+any point leaves nothing that counts. A unit whose report is there, whose input and image_root have the sizes and times
+of change that the report names, and whose shards have their sizes, is finished and is not done again. Whether processes
+of this machine or workers of Apache Beam run it, the bytes are the same.
+
+Images that come to an image_root later are thus seen in its index, which is built anew, and directly in its folder; not
+in folders below that. To prepare again with those, delete OUTPUT/units.
 """
 
 import collections
@@ -16,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from data_pipelines import filters, manifest, pairs, readers, records, training_form
+from data_pipelines import filters, image_index, manifest, pairs, readers, records, training_form
 from data_pipelines.filters import Filters
 from data_pipelines.manifest import Shard
 from data_pipelines.rejection import CUT_SHORT, BadRow, Rejected
@@ -112,7 +115,7 @@ def prepare_unit(unit: Unit, watch: Callable[[Unit, Report], None] = lambda unit
     report = finished(unit)
     if report is not None:
         return report
-    stamp, report = stamp_of(unit.input), Report(columns=dict(training_form.COLUMNS[unit.recipe.kind]))
+    stamps, report = _stamps_of(unit), Report(columns=dict(training_form.COLUMNS[unit.recipe.kind]))
     (unit.output / ASIDE).mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f"{unit.number:05}-", dir=unit.output / ASIDE))
     try:
@@ -129,7 +132,7 @@ def prepare_unit(unit: Unit, watch: Callable[[Unit, Report], None] = lambda unit
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     unit.report_path.parent.mkdir(exist_ok=True)
-    manifest.write_json(unit.report_path, {"input": unit.input, "stamp": stamp, **dataclasses.asdict(report)})
+    manifest.write_json(unit.report_path, {"input": unit.input, "stamps": stamps, **dataclasses.asdict(report)})
     return report
 
 
@@ -137,7 +140,7 @@ def finished(unit: Unit) -> Report | None:
     """Returns the report of a unit that need not be done again, else None."""
     try:
         told = json.loads(unit.report_path.read_bytes())
-        if told.pop("input") != unit.input or told.pop("stamp") != stamp_of(unit.input):
+        if told.pop("input") != unit.input or told.pop("stamps") != _stamps_of(unit):
             return None
         report = Report(**told)
         manifest.check_sizes(shards_of(report, unit.output))
@@ -160,6 +163,15 @@ def stamp_of(path: str) -> list[int]:
     files = [Path(path)] if not os.path.isdir(path) else [file for file in Path(path).rglob("*") if file.is_file()]
     stats = [file.stat() for file in files]
     return [sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)]
+
+
+def _stamps_of(unit: Unit) -> dict[str, list[int]]:
+    """Returns what tells whether what a unit reads has changed."""
+    stamps, root = {"input": stamp_of(unit.input)}, unit.recipe.image_root
+    if root is not None:
+        head = Path(root, image_index.HEAD)
+        stamps["image_root"] = stamp_of(str(head)) if head.is_file() else [0, os.stat(root).st_mtime_ns]
+    return stamps
 
 
 def _records(unit: Unit, report: Report, watch: Callable[[Unit, Report], None]) -> Iterator[bytes]:

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -15,7 +16,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipelines import cauldron, chat_layouts, filters, manifest, obelics, pages, pairs, prepare
+from data_pipelines import (
+    cauldron,
+    chat_layouts,
+    filters,
+    image_index,
+    image_store,
+    manifest,
+    obelics,
+    pages,
+    pairs,
+    prepare,
+)
 from data_pipelines.filters import Filters
 from data_pipelines.preparation import Preparation
 from data_pipelines.progress import Progress
@@ -23,6 +35,7 @@ from data_pipelines.sources import SourceConfig, read_documents
 from data_pipelines.units import Recipe, Report, prepare_unit
 from idefics_jax.errors import UserError
 from tests.data_pipelines.pictures import png
+from tests.data_pipelines.stores import write_webdataset
 
 ROOT = Path(__file__).parents[2]
 RECIPE = Recipe("pairs", None, Filters(), captions=(), features={}, max_pixels=1_000_000, shard_mib=1)
@@ -138,6 +151,26 @@ def test_what_changed_or_went_is_prepared_again_and_nothing_else(tmp_path):
     assert here(opened(inputs, out))["documents"] == 9
     documents = read_documents(SourceConfig("mine", "pairs", (str(out),)))
     assert [document.parts[-1].text for document in documents][-2:] == ["1 4", "other"]
+
+
+def test_images_that_come_later_are_taken_by_the_same_command(tmp_path):
+    (tmp_path / "images").mkdir()
+    inputs = [write(tmp_path / "a.parquet", [{"images": ["a.png", None], "texts": [None, "words"]}], "obelics")]
+    chosen = {"kind": "obelics", "filters": Filters(document_max_missing_images=1.0)}
+
+    def images(root: Path) -> int:
+        return here(opened(inputs, tmp_path / f"of_{root.name}", image_root=str(root), **chosen))["images"]
+
+    assert images(tmp_path / "images") == 0
+    (tmp_path / "images" / "a.png").write_bytes(png(28, 28))
+    assert images(tmp_path / "images") == 1
+    index = tmp_path / "index"
+    for name, found in (("other.png", 0), ("a.png", 1)):
+        path = write_webdataset(tmp_path / f"{name}.tar", [(name, png(28, 28))])
+        shutil.rmtree(index, ignore_errors=True)
+        image_index.build([path], str(index), sha256="stored", processes=1)
+        image_store.opened.cache_clear()  # another process would open it anew
+        assert images(index) == found
 
 
 def test_shards_beyond_those_of_a_changed_input_go(tmp_path):
