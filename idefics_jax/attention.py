@@ -2,11 +2,13 @@
 
 What may see what is never a dense [T, S] array held by a caller: it is a few integers a token (`Visibility`), from
 which each block of queries makes its own mask. On TPU a kernel computes the blocks that hold a visible pair and no
-others (flash_attention.py). Elsewhere, and for float32, long sequences are computed a block of queries at a time under
-`jax.checkpoint`, so memory grows with the length, not with its square.
+others (flash_attention.py), on GPU cuDNN computes what it takes (cudnn_attention.py). Elsewhere, and for float32, long
+sequences are computed a block of queries at a time under `jax.checkpoint`, so memory grows with the length, not with
+its square.
 """
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -15,6 +17,7 @@ import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
+from idefics_jax import cudnn_attention
 from idefics_jax.flash_attention import flash_attention
 from idefics_jax.sharding import mesh_axes
 from idefics_jax.visibility import Visibility
@@ -34,7 +37,8 @@ def attend(
 ) -> jax.Array:
     """Scaled dot-product attention with grouped key/value heads; softmax in float32.
 
-    On TPU, bfloat16 goes through the kernel unless the queries are few.
+    In bfloat16 and unless the queries are few, it is a kernel of the platform's, each device computing its own rows and
+    heads.
 
     Args:
       query: [B, T, N, H].
@@ -46,26 +50,32 @@ def attend(
     Returns:
       [B, T, N, H] in the query's dtype.
     """
-    if pltpu.is_tpu_device() and query.dtype == jnp.bfloat16 and query.shape[1] >= KERNEL_QUERIES:
-        return sharded_flash(query, key, value, visibility, heads, interpret=False)
+    if query.dtype == jnp.bfloat16 and query.shape[1] >= KERNEL_QUERIES:
+        if pltpu.is_tpu_device():
+            kernel = functools.partial(flash_attention, interpret=False)
+            return of_own_rows(kernel, query, key, value, visibility, heads)
+        if cudnn_attention.fits(query, key, value):
+            kernel = functools.partial(cudnn_attention.cudnn_attention, implementation="cudnn")
+            return of_own_rows(kernel, query, key, value, visibility, heads)
     return _attend_blocks(query, key, value, visibility)
 
 
-def sharded_flash(
+def of_own_rows(
+    kernel: Callable[..., jax.Array],
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
     visibility: Visibility,
     heads: tuple[str, str],
-    *,
-    interpret: bool,
 ) -> jax.Array:
-    """Runs flash_attention on each device's own rows and heads of the current mesh; nothing is sent between devices.
+    """Runs a kernel on each device's own rows and heads of the current mesh; nothing is sent between devices.
 
-    Rows that cannot be dealt out evenly are computed everywhere, and so are heads. Arguments: as `attend` and
-    flash_attention take them.
+    Rows that cannot be dealt out evenly are computed everywhere, and so are heads.
+
+    Args:
+      kernel: query, key, value and visibility of one device -> its result.
+      query, key, value, visibility, heads: as `attend` takes them.
     """
-    kernel = functools.partial(flash_attention, interpret=interpret)
     if not nn.get_logical_axis_rules():
         return kernel(query, key, value, visibility)
     rows = mesh_axes("act_batch", query.shape[0])
