@@ -29,7 +29,7 @@ from idefics_jax.param_tree import abstract_params
 from idefics_jax.training.losses import next_token_loss
 from idefics_jax.training.optimizer import OptimizerConfig, make_optimizer
 from idefics_jax.training.step import init_state, make_train_step, state_axes
-from launch import aot
+from launch import program as compiler
 
 # From what keeps most; each step is compiled with the first that fits the slice.
 POLICIES = ("none", "linear", "full")
@@ -152,12 +152,12 @@ def program(variant: str, part: str, remat: str, mesh: Any) -> Program:
     )
 
 
-def cheapest(variant: str, mesh: Any) -> tuple[str, aot.Cost]:
+def cheapest(variant: str, mesh: Any) -> tuple[str, compiler.Cost]:
     """Returns the remat policy that recomputes least and fits, and what the 7B decoder's step costs with it."""
     for policy in POLICIES:
         it = program(variant, "text_model", policy, mesh)
         try:
-            return policy, aot.cost(it.step, it.state, it.frozen, it.batch, donate=(0,))
+            return policy, compiler.cost(it.step, it.state, it.frozen, it.batch, donate=(0,))
         except UserError as error:
             print(f"{variant} with remat {policy!r}: {error}", flush=True)
     raise UserError(f"the {variant} step fits {SLICE} with no policy of {', '.join(POLICIES)}")
@@ -172,7 +172,9 @@ def arithmetic_bytes(tree: Any) -> int:
 def held(tree: Any) -> int:
     """Returns the bytes that a tree takes on each device of the slice, as its compiler lays it out."""
     leaves = jax.tree.leaves(tree)
-    return aot.cost(lambda *arrays: [x + 1 for x in arrays], *leaves, donate=tuple(range(len(leaves)))).argument_bytes
+    return compiler.cost(
+        lambda *arrays: [x + 1 for x in arrays], *leaves, donate=tuple(range(len(leaves)))
+    ).argument_bytes
 
 
 def loss_peaks(mesh: Any) -> tuple[int, int]:
@@ -192,7 +194,7 @@ def loss_peaks(mesh: Any) -> tuple[int, int]:
 
     def peak(chunk):
         gradient = jax.grad(functools.partial(loss, chunk=chunk), argnums=(0, 1))
-        return aot.cost(gradient, hidden, head, tokens, weights).peak_bytes
+        return compiler.cost(gradient, hidden, head, tokens, weights).peak_bytes
 
     return peak(TOKENS), peak(CHUNK)
 
@@ -200,7 +202,7 @@ def loss_peaks(mesh: Any) -> tuple[int, int]:
 def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # with libtpu installed JAX would look for a TPU
     counted = {variant: flops(variant) for variant in VARIANTS}
-    mesh = sharding.make_mesh({"fsdp": -1}, aot.slice_devices(SLICE))
+    mesh = sharding.make_mesh({"fsdp": -1}, compiler.slice_devices(SLICE))
     numbers, table = {}, []
     with sharding.use_mesh(mesh, RULES):
         costs = {}

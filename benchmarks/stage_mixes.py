@@ -32,9 +32,15 @@ def stage(name: str) -> tuple[Iterator[Measured], BatchShape, int, int]:
     """Returns a stage's documents without end, one of its rows, and how far and how long its packer looks."""
     config = CONFIGS[name].get_config()
     shape = BatchShape(**{**config.data.shape, "rows": 1})
-    (only,) = config.data.stages.values()
-    cut = dataclasses.replace(shape, tokens=config.data.document_tokens)
-    return _documents(config, only.sources, cut), shape, config.data.lookahead, config.data.rounds
+    return documents(config), shape, config.data.lookahead, config.data.rounds
+
+
+def documents(config: Any) -> Iterator[Measured]:
+    """Yields documents of the first stage of a recipe (what a file in configs/ returns) without end."""
+    shape = BatchShape(**{**config.data.shape, "rows": 1})
+    first = min(config.data.stages)
+    shape = dataclasses.replace(shape, tokens=config.data.document_tokens)
+    return _documents(config, config.data.stages[first].sources, shape)
 
 
 def _documents(config: Any, sources: Any, shape: BatchShape) -> Iterator[Measured]:

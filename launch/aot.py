@@ -1,135 +1,203 @@
-"""Compiles for TPU slices on a machine without one: what a program costs, as the TPU's own compiler sees it.
+"""Compiles a recipe's training step for a TPU slice without one: whether it fits, and how fast it could be.
 
-libtpu compiles for a slice that is only described. From the compiled program come the memory it takes, and the cycles
-the compiler expects each operation to take, which are summed here with the trip counts of loops. They are estimates: of
-a published 7B step they are off by 5 to 10 per cent, and attention kernels of our own would not be in them.
+    python -m launch.aot --config configs/idefics2_8b/stage2.py --slice v5e-256 [--json FILE]
+    python -m launch.aot --config configs/idefics2_8b/stage2.py --slice v5e-256 --config.remat=linear
+    python -m launch.aot --config configs/idefics2_8b/stage2.py --slice v5e-256 --search
+
+The step is the one that training runs, with its mesh, shardings and donation, compiled by the slice's own compiler
+(libtpu, requirements-test.txt). Step seconds are the cycles it expects, the time of our kernels reckoned from the
+blocks they compute (kernels.py), and that of collectives which nothing hides. MFU counts what the algorithm needs for
+real tokens and patches (flops.py), HFU what the program does. `--trained_in_full` compiles the same step with every
+parameter trained, as published figures are. `--search` tries the remat policies, cheapest first, with ever larger
+batches. No weight or data is read: documents have the sizes of benchmarks/stage_mixes.py, or with `--full_rows` fill
+their rows.
 """
 
 import dataclasses
-import functools
-import os
-import re
-from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from absl import flags
 
-from idefics_jax.errors import UserError
+from benchmarks.report import print_table, write_json
+from idefics_jax import commands, sharding
+from idefics_jax.batch import BatchShape, batch_spec
+from idefics_jax.models.idefics2 import Idefics2
+from idefics_jax.training.config import TrainConfig
+from idefics_jax.training.plan import Plan, plan
+from idefics_jax.training.step import make_train_step
+from launch import estimate, kernels, program, slices
+from launch.chips import CHIPS
+from launch.estimate import Estimate, gib
+from launch.flops import Trained, step_flops
+from launch.program import Collective, Cost, DoesNotFit
+from launch.traced import traced_flops
+from launch.workload import Rows, full_rows, packed_rows
 
-# Several processes may compile at once, and none looks for a TPU's metadata server.
-_ENVIRONMENT = {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-}
+_CONFIG = commands.define_config(None, "what to train, configs/NAME.py[:argument]")
+_SLICE = flags.DEFINE_string("slice", None, "TPU slice, as v5p-128 or 2xv5e-256")
+_SEARCH = flags.DEFINE_boolean("search", False, "find the largest batch and the cheapest remat policy that fit")
+_IN_FULL = flags.DEFINE_boolean("trained_in_full", False, "train every parameter instead of what the recipe trains")
+_FULL_ROWS = flags.DEFINE_boolean("full_rows", False, "take rows as full of one document and one image a vision row")
 
-# A slice's name as it is rented -> how libtpu calls it. A v4 chip's two cores count as one device under megacore.
-SLICES: dict[str, dict[str, Any]] = {
-    "v4-8": {"topology_name": "v4:2x2x1", "chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)},
-    "v5e-8": {"topology_name": "v5e:2x4", "chips_per_host_bounds": (2, 4, 1)},
-    "v5p-8": {"topology_name": "v5:2x2x1"},
-}
-
-
-def slice_devices(name: str) -> list[Any]:
-    """Returns the devices of a slice, to build a mesh of (sharding.make_mesh); they compile, they do not run.
-
-    Raises:
-      UserError: an unknown slice, or libtpu is not installed.
-    """
-    if name not in SLICES:
-        raise UserError(f"slice {name!r} is unknown; choose one of {', '.join(SLICES)}")
-    for variable, value in _ENVIRONMENT.items():
-        # Where there is no TPU, JAX leaves a warning in the place of what libtpu reads.
-        if os.environ.get(variable, "WARNING").startswith("WARNING"):
-            os.environ[variable] = value
-    from jax.experimental import topologies
-
-    try:
-        return list(topologies.get_topology_desc(platform="tpu", **SLICES[name]).devices)
-    except RuntimeError as error:
-        raise UserError(f"no program can be compiled for {name} ({error}); install requirements-test.txt") from error
+LISTED = 8  # collectives printed one by one
+# What the recipes' partition becomes where everything trains.
+IN_FULL = {"partition": ((".*", "trainable", 1.0, 0.1),), "lora": {}, "new_rows": 0, "quantize": ()}
 
 
 @dataclasses.dataclass(frozen=True)
-class Cost:
-    """What a compiled program takes on each device.
+class Compiled:
+    """A recipe's step on a slice.
 
     Attributes:
-      cycles: estimated, loops multiplied out.
-      argument_bytes: of its arguments, as they lie in memory.
-      peak_bytes: the most memory in use, arguments included.
+      plan: what trains, in shapes.
+      cost: of the compiled program on each device.
+      traced: operations of its products over all devices, our kernels' left out.
     """
 
-    cycles: int
-    argument_bytes: int
-    peak_bytes: int
+    plan: Plan
+    cost: Cost
+    traced: float
 
 
-def cost(fn: Callable, *arguments: Any, donate: tuple[int, ...] = ()) -> Cost:
-    """Compiles `fn` for the devices that its arguments' shardings name.
-
-    Args:
-      fn: the function.
-      *arguments: trees of ShapeDtypeStructs with shardings.
-      donate: positions of the arguments whose memory it may take over.
+def compile_step(config: TrainConfig, slice_name: str) -> Compiled:
+    """Compiles the training step of a recipe.
 
     Raises:
-      UserError: the program does not fit the devices' memory.
+      DoesNotFit: it takes more memory than a chip has.
+      UserError: the recipe cannot be used, or the slice is unknown.
     """
+    mesh, rules = sharding.make_mesh(config.mesh, program.slice_devices(slice_name)), sharding.RULES[config.sharding]
+    planned = plan(config)
+    state, frozen = planned.placed(mesh, rules)
+    rows = sharding.batch_sharding(mesh)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch_spec(config.data.shape))
+    model = Idefics2(
+        planned.sizes, dtype=jnp.dtype(config.dtype), remat=config.remat, neftune_alpha=config.neftune_alpha
+    )
+    with sharding.use_mesh(mesh, rules):
+        step = make_train_step(
+            model,
+            planned.optimizer,
+            tuple(config.lora.values()),
+            accumulation=config.accumulation,
+            chunk=config.loss_chunk,
+            seed=config.seed,
+            max_skipped=config.max_skipped_steps,
+        )
+        places = jax.tree.map(lambda x: x.sharding, state)
+        traced = jax.jit(step, donate_argnums=0, out_shardings=(places, None)).trace(state, frozen, batch)
+        return Compiled(planned, program.compiled_cost(traced.lower(), program.OPTIONS), traced_flops(traced.jaxpr))
+
+
+def estimated(compiled: Compiled, config: TrainConfig, rows: Rows, where: slices.Slice) -> Estimate:
+    """Returns what a step takes and how much of it is of use."""
+    chip, sizes, cost = CHIPS[where.generation], compiled.plan.sizes, compiled.cost
+    blocks = kernels.Blocks.of(rows, sizes) if cost.kernels else kernels.Blocks({})
+    work = rows.work(config.data.shape.rows, sizes.text_config.sliding_window)
+    chips = where.chips * where.count
+    return Estimate(
+        compute=cost.cycles / chip.clock,
+        kernels=sum(kernels.cycles(cost.kernels, blocks, sizes, chip.cores).values()) / chip.clock,
+        collectives=estimate.exposed_seconds(cost, where),
+        needed=sum(step_flops(sizes, work, Trained.of(compiled.plan.state["trainable"])).values()),
+        done=compiled.traced + chips * kernels.flops(cost.kernels, blocks, sizes),
+        chips=chips,
+        peak=chip.peak,
+    )
+
+
+def report(compiled: Compiled, config: TrainConfig, rows: Rows, where: slices.Slice) -> dict[str, float]:
+    """Prints what was found, and returns its numbers."""
+    cost, found = compiled.cost, estimated(compiled, config, rows, where)
+    chip, sizes = CHIPS[where.generation], compiled.plan.sizes
+    work = rows.work(config.data.shape.rows, sizes.text_config.sliding_window)
+    fill = rows.fill
+    print(f"\nfits: {gib(cost.peak_bytes):.2f} GiB of {gib(chip.hbm_bytes):.2f} a device, arguments ", end="")
+    print(f"{gib(cost.argument_bytes):.2f}")
+    print(f"real tokens {fill[0]:.3f} and patches {fill[1]:.3f} of their places; a step has {work.tokens:,.0f} tokens")
+    flops = step_flops(sizes, work, Trained.of(compiled.plan.state["trainable"]))
+    print("\noperations that a step needs")
+    print_table(["part", "TFLOP", "share"], [[part, x / 1e12, x / found.needed] for part, x in flops.items()])
+    print("\nwhere a step's time goes, seconds")
+    blocks = kernels.Blocks.of(rows, sizes) if cost.kernels else kernels.Blocks({})
+    print_table(
+        ["", "s"],
+        [
+            ["compiler's cycles", found.compute],
+            *(
+                [f"attention kernels, {part}", own / chip.clock]
+                for part, own in kernels.cycles(cost.kernels, blocks, sizes, chip.cores).items()
+            ),
+            ["collectives that nothing hides", found.collectives],
+            ["collectives beside computation (not added)", estimate.hidden_seconds(cost, where)],
+        ],
+    )
+    print("\ncollectives a step, on each device")
+    print_collectives(cost.collectives)
+    print(
+        f"\nestimated: {found.seconds:.3f} s a step, MFU {found.mfu:.3f}, HFU {found.hfu:.3f}, "
+        f"{work.tokens / found.seconds / found.chips:,.0f} tokens a second and chip"
+    )
+    return {
+        "fits": True,
+        "peak_gib": gib(cost.peak_bytes),
+        "estimated_step_seconds": found.seconds,
+        "estimated_mfu": found.mfu,
+        "estimated_hfu": found.hfu,
+        "compute_seconds": found.compute,
+        "kernel_seconds": found.kernels,
+        "exposed_collective_seconds": found.collectives,
+        "needed_tflop": found.needed / 1e12,
+        "done_tflop": found.done / 1e12,
+        "token_fill": fill[0],
+        "patch_fill": fill[1],
+    }
+
+
+def print_collectives(collectives: tuple[Collective, ...]) -> None:
+    """Prints the sums of each kind, and the few that move most."""
+    rows = []
+    for kind in program.KINDS:
+        own = [one for one in collectives if one.kind == kind]
+        if own:
+            total, times = sum(one.bytes * one.count for one in own), sum(one.count for one in own)
+            rows.append([f"{kind}, all", total / 2**20, times, "", ""])
+    for one in collectives[:LISTED]:
+        shape = one.shape if len(one.shape) < 60 else f"{one.shape[:56]} ..."
+        beside = "yes" if one.hidden else "no"
+        rows.append([f"{one.kind} of {shape}", one.bytes * one.count / 2**20, one.count, one.devices, beside])
+    print_table(["", "MiB", "times", "devices", "beside computation"], rows)
+
+
+def check(values: Any, slice_name: str, *, rows: Rows | None) -> dict[str, float]:
+    """Compiles a recipe for a slice, prints what is found and returns it.
+
+    Args:
+      values: what a file in configs/ returns.
+      slice_name: see slices.find.
+      rows: packed ones, or None to pack the recipe's mixture.
+    """
+    config, where = TrainConfig.from_config_dict(values.to_dict()), slices.find(slice_name)
+    rows = packed_rows(values) if rows is None else rows
     try:
-        compiled = jax.jit(fn, donate_argnums=donate).lower(*arguments).compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        said = re.search(r"Ran out of memory[^.]*\.[^.]*\.", str(error))
-        raise UserError(f"it does not fit: {said[0] if said else error}") from error
-    memory = compiled.memory_analysis()
-    return Cost(estimated_cycles(compiled.as_text()), memory.argument_size_in_bytes, memory.peak_memory_in_bytes)
+        return report(compile_step(config, slice_name), config, rows, where)
+    except DoesNotFit as error:
+        print(error)
+        return {"fits": False} | ({"peak_gib": gib(error.bytes_wanted)} if error.bytes_wanted else {})
 
 
-def estimated_cycles(program: str) -> int:
-    """Sums the estimated cycles of a compiled program's text, the body of a loop as often as it runs."""
-    computations, entry = _computations(program)
-
-    @functools.cache
-    def total(name: str) -> int:
-        cycles = 0
-        for line in computations[name]:
-            own = re.search(r'"estimated_cycles":"(\d+)"', line)
-            cycles += int(own[1]) if own else 0
-            loop = re.search(r"\bwhile\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
-            cycles += _trips(line, computations[loop[1]]) * total(loop[2]) if loop else 0
-            called = re.search(r"\bcall\(.*to_apply=%?([\w.\-]+)", line)
-            cycles += total(called[1]) if called else 0
-            branches = re.search(r"\bconditional\(.*branch_computations=\{([^}]*)\}", line)
-            if branches:
-                cycles += max(total(branch.strip().lstrip("%")) for branch in branches[1].split(","))
-        return cycles
-
-    return total(entry)
+def main() -> None:
+    jax.config.update("jax_platforms", "cpu")  # with libtpu installed JAX would look for a TPU
+    values = _CONFIG.value
+    if _IN_FULL.value:
+        with values.unlocked():
+            values.update(IN_FULL)
+    rows = full_rows(BatchShape(**values.data.shape)) if _FULL_ROWS.value else None
+    numbers = check(values, _SLICE.value, rows=rows)
+    write_json(numbers)
 
 
-def _trips(line: str, condition: list[str]) -> int:
-    """Returns how often a loop runs: as it is noted, or, as JAX's scans count from 0, the bound of its condition."""
-    noted = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)
-    bounds = [int(number) for text in condition for number in re.findall(r"\bs32\[\]\S* constant\((\d+)\)", text)]
-    if not noted and len(bounds) != 1:
-        raise ValueError(f"the number of trips of a loop cannot be told from its condition: {condition}")
-    return int(noted[1]) if noted else bounds[0]
-
-
-def _computations(program: str) -> tuple[dict[str, list[str]], str]:
-    """Returns the lines of each computation by its name, and the name of the entry."""
-    computations: dict[str, list[str]] = {}
-    name = entry = ""
-    for line in program.splitlines():
-        opened = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
-        if opened:
-            name = opened[2]
-            computations[name] = []
-            entry = name if opened[1] else entry
-        elif name:
-            computations[name].append(line)
-    return computations, entry
+if __name__ == "__main__":
+    commands.run(main, required=("config", "slice"))

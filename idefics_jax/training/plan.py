@@ -2,22 +2,25 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from idefics_jax import sharding
 from idefics_jax.config import Idefics2Config
 from idefics_jax.errors import UserError
 from idefics_jax.param_transforms import partition, quantize
-from idefics_jax.param_tree import param_shapes
+from idefics_jax.param_tree import abstract_params
+from idefics_jax.training.checkpoint import with_shardings
 from idefics_jax.training.config import TrainConfig
 from idefics_jax.training.initial import from_sections, load_processor, model_config
 from idefics_jax.training.optimizer import make_optimizer, peak_rates
-from idefics_jax.training.run import starting_adapters, trained_parts
-from idefics_jax.training.step import init_state
+from idefics_jax.training.run import adapter_axes, starting_adapters, subtree, trained_parts
+from idefics_jax.training.step import init_state, state_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Plan:
       sizes: of the model.
       optimizer: the gradient transformation.
       state, frozen: what the step is given (training/step.py), as ShapeDtypeStructs.
+      state_axes, frozen_axes: the logical axes of their leaves.
       table: every leaf with its shape, dtype, state, learning rate and decay.
       devices: how many of them the mesh takes, in words.
     """
@@ -36,6 +40,8 @@ class Plan:
     optimizer: optax.GradientTransformation
     state: dict[str, Any]
     frozen: dict[str, Any]
+    state_axes: dict[str, Any]
+    frozen_axes: dict[str, Any]
     table: str
     devices: str
 
@@ -46,6 +52,13 @@ class Plan:
             "optimizer state": self.state["opt_state"],
         }
         return "\n".join([self.table, *(f"{name}: {_size(tree)}" for name, tree in held.items()), self.devices])
+
+    def placed(self, mesh: Mesh, rules: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Returns state and frozen parameters with their places on a mesh: what the step is compiled against."""
+        return tuple(
+            with_shardings(tree, sharding.tree_shardings(mesh, axes, rules))
+            for tree, axes in ((self.state, self.state_axes), (self.frozen, self.frozen_axes))
+        )
 
 
 def plan(config: TrainConfig) -> Plan:
@@ -61,9 +74,10 @@ def plan(config: TrainConfig) -> Plan:
     devices = f"mesh {dict(config.mesh)}: {several}{sharding.fixed_devices(config.mesh)} device(s)"
     # Any id of `<image>`: shapes do not depend on it.
     sizes = from_sections(config, image_token_id=1) if config.model else model_config(config, load_processor(config))
-    params, dtype = param_shapes(sizes), jnp.dtype(config.frozen_dtype)
+    (params, axes), dtype = abstract_params(sizes), jnp.dtype(config.frozen_dtype)
     try:
-        adapters = jax.eval_shape(lambda tree: partition.combine(*starting_adapters(config, tree)), params)
+        parts = jax.eval_shape(lambda tree: starting_adapters(config, tree), params)
+        adapters = partition.combine(*parts)
         chosen = partition.choose(params, adapters, config.partition)
         base, frozen = partition.split(params, chosen)
         frozen = jax.eval_shape(lambda tree: quantize.cast(quantize.quantize(tree, config.quantize), dtype), frozen)
@@ -74,7 +88,17 @@ def plan(config: TrainConfig) -> Plan:
     state = jax.eval_shape(lambda tree: init_state(tree, optimizer), trainable)
     rates = peak_rates(config.optimizer, trainable, chosen)
     table = partition.table(partition.combine(base, frozen), adapters, chosen, rates)
-    return Plan(sizes, optimizer, state, frozen, table, devices)
+    trained_axes = {"params": subtree(axes, base), "adapters": adapter_axes(axes, *parts)}
+    return Plan(
+        sizes,
+        optimizer,
+        state,
+        frozen,
+        state_axes(state, trained_axes),
+        quantize.axes(axes, frozen),
+        table,
+        devices,
+    )
 
 
 def _size(tree: Any) -> str:

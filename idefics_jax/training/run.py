@@ -125,7 +125,7 @@ def assemble(config: TrainConfig, mesh: Mesh) -> tuple[Run, dict[str, Any], dict
         chosen = partition.choose(params, planned, config.partition)
         base, frozen = partition.split(params, chosen)
         frozen = quantize.cast(quantize.quantize(frozen, config.quantize), jnp.dtype(config.frozen_dtype))
-        adapters, adapter_axes = make_adapters(config, partition.combine(base, frozen), axes, mesh)
+        adapters, names = make_adapters(config, partition.combine(base, frozen), axes, mesh)
         trainable = trained_parts(base, adapters)
         if adapters:
             lora.assert_used(lambda tree: _traced_logits(model, shapes, tree), adapters)
@@ -134,7 +134,7 @@ def assemble(config: TrainConfig, mesh: Mesh) -> tuple[Run, dict[str, Any], dict
     optimizer = make_optimizer(config.optimizer, trainable, chosen, config.steps)
     rates = peak_rates(config.optimizer, trainable, chosen)
     state_shapes = jax.eval_shape(lambda tree: init_state(tree, optimizer), trainable)
-    trainable_axes = {"params": _subtree(axes, base), "adapters": adapter_axes}
+    trainable_axes = {"params": subtree(axes, base), "adapters": names}
     state_places = sharding.tree_shardings(mesh, state_axes(state_shapes, trainable_axes), rules)
     frozen_places = sharding.tree_shardings(mesh, quantize.axes(axes, frozen), rules)
     step = make_train_step(
@@ -181,10 +181,15 @@ def make_adapters(
       ValueError: a target that matches nothing, or more new rows than there are.
     """
     lora_shapes, row_shapes = jax.eval_shape(lambda tree: starting_adapters(config, tree), params)
-    adapter_axes = partition.combine(lora.axes(axes, lora_shapes), new_rows.axes(row_shapes))
-    places = sharding.tree_shardings(mesh, adapter_axes, sharding.RULES[config.sharding])
+    names = adapter_axes(axes, lora_shapes, row_shapes)
+    places = sharding.tree_shardings(mesh, names, sharding.RULES[config.sharding])
     start = jax.jit(lambda tree: partition.combine(*starting_adapters(config, tree)), out_shardings=places)
-    return start(params), adapter_axes
+    return start(params), names
+
+
+def adapter_axes(axes: dict[str, Any], lora_adapters: dict[str, Any], rows: dict[str, Any]) -> dict[str, Any]:
+    """Returns the logical axes of both parts of `starting_adapters`, from those of the parameters."""
+    return partition.combine(lora.axes(axes, lora_adapters), new_rows.axes(rows))
 
 
 def starting_adapters(config: TrainConfig, params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -208,6 +213,7 @@ def _traced_logits(model: Idefics2, shapes: dict[str, Any], adapters: dict[str, 
     return model.apply({"params": params, "adapters": adapters}, probe_batch(model.config), method=Idefics2.full_logits)
 
 
-def _subtree(tree: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
+def subtree(tree: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
+    """Returns the leaves of `tree` at the paths of `like`."""
     flat = paths.flatten(tree)
     return paths.unflatten({path: flat[path] for path in paths.flatten(like)})

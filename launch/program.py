@@ -1,0 +1,311 @@
+"""A program that the TPU's compiler has made, read: memory, cycles, collectives and kernels on each device.
+
+libtpu compiles for a slice that is only described. In the text of the compiled program stand the cycles the compiler
+expects each operation to take, summed here with the trip counts of loops. It expects nothing of two kinds of operation,
+which are therefore listed apart: collectives, and kernels of our own (Pallas).
+"""
+
+import collections
+import dataclasses
+import functools
+import math
+import os
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from idefics_jax.errors import UserError
+from launch import slices
+
+# Several processes may compile at once, and none looks for a TPU's metadata server.
+_ENVIRONMENT = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+}
+# How libtpu calls the generations. A v4 chip's two cores count as one device under megacore, as on v5p by default.
+_LIBTPU = {
+    "v4": {"prefix": "v4", "chip_config_name": "megacore"},
+    "v5e": {"prefix": "v5e"},
+    "v5p": {"prefix": "v5"},
+}
+_HOST_BOUNDS = {4: (2, 2, 1), 8: (2, 4, 1)}
+# Of a training step, as LIBTPU_INIT_ARGS sets them where it runs. Without it a product cut over devices becomes a loop
+# of permutations around the ring of each axis.
+OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}
+
+
+def slice_devices(name: str) -> list[Any]:
+    """Returns the devices of a slice, to build a mesh of (sharding.make_mesh); they compile, they do not run.
+
+    Raises:
+      UserError: an unknown slice, or libtpu is not installed.
+    """
+    wanted = slices.find(name)
+    names = _LIBTPU[wanted.generation]
+    chosen = {key: value for key, value in names.items() if key != "prefix"}
+    for variable, value in _ENVIRONMENT.items():
+        # Where there is no TPU, JAX leaves a warning in the place of what libtpu reads.
+        if os.environ.get(variable, "WARNING").startswith("WARNING"):
+            os.environ[variable] = value
+    from jax.experimental import topologies
+
+    try:
+        described = topologies.get_topology_desc(
+            platform="tpu",
+            topology_name=f"{names['prefix']}:{wanted.topology}",
+            chips_per_host_bounds=_HOST_BOUNDS[wanted.chips_per_host],
+            num_slices=wanted.count,
+            **chosen,
+        )
+    except RuntimeError as error:
+        raise UserError(f"no program can be compiled for {name} ({error}); install requirements-test.txt") from error
+    return list(described.devices)
+
+
+class DoesNotFit(UserError):
+    """A program takes more memory than a device has.
+
+    Attributes:
+      bytes_wanted: as much as the compiler says it takes, or None where it does not.
+    """
+
+    def __init__(self, said: str):
+        super().__init__(f"it does not fit: {said}")
+        found = re.search(r"(?:Used|requirement?s? \(|temporaries \()\s*([\d.]+)([KMGT])", said)
+        self.bytes_wanted = float(found[1]) * 1024 ** " KMGT".index(found[2]) if found else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """Collectives of one kind and size in a program.
+
+    Attributes:
+      kind: one of KINDS.
+      shape: of what each device ends with, as in bf16[64,4096], or several of them.
+      bytes: of that.
+      devices: how many take part in each.
+      count: how often it is done, loops multiplied out.
+      hidden: whether others compute meanwhile.
+    """
+
+    kind: str
+    shape: str
+    bytes: int
+    devices: int
+    count: int
+    hidden: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """Calls of a Pallas kernel in a program.
+
+    Attributes:
+      name: as it was given to pallas_call.
+      shape: of its first result on a device.
+      count: how often it is called, loops multiplied out.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a compiled program takes on each device.
+
+    Attributes:
+      cycles: estimated, loops multiplied out.
+      argument_bytes: of its arguments, as they lie in memory.
+      peak_bytes: the most memory in use, arguments included.
+      collectives: what passes between devices.
+      kernels: calls of our own kernels.
+    """
+
+    cycles: int
+    argument_bytes: int
+    peak_bytes: int
+    collectives: tuple[Collective, ...]
+    kernels: tuple[Kernel, ...]
+
+
+def cost(fn: Callable, *arguments: Any, donate: tuple[int, ...] = (), out_shardings: Any = None) -> Cost:
+    """Compiles `fn` for the devices that its arguments' shardings name.
+
+    Args:
+      fn: the function.
+      *arguments: trees of ShapeDtypeStructs with shardings.
+      donate: positions of the arguments whose memory it may take over.
+      out_shardings: of the results, None where the compiler may choose.
+
+    Raises:
+      DoesNotFit: the program takes more memory than the devices have.
+    """
+    lowered = jax.jit(fn, donate_argnums=donate, out_shardings=out_shardings).lower(*arguments)
+    return compiled_cost(lowered, {})
+
+
+def compiled_cost(lowered: jax.stages.Lowered, options: dict[str, str]) -> Cost:
+    """Compiles a lowered program with the compiler's options given; see `cost`."""
+    try:
+        compiled = lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        said = re.search(r"Ran out of memory[^.]*\.[^.]*\.[^.]*\.", str(error))
+        raise DoesNotFit(said[0] if said else str(error)) from error
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    read = Text(text)
+    return Cost(
+        cycles=read.cycles(),
+        argument_bytes=memory.argument_size_in_bytes,
+        peak_bytes=memory.peak_memory_in_bytes,
+        collectives=read.collectives(),
+        kernels=read.kernels(),
+    )
+
+
+class Text:
+    """The text of a compiled program, its computations apart and its loops' trips counted."""
+
+    def __init__(self, program: str):
+        self._lines, self._entry = _computations(program)
+        self._runs = self._count_runs()
+
+    def cycles(self) -> int:
+        """Sums the cycles that the compiler expects; a fusion's stand where it is called, not in what it fuses."""
+        return sum(
+            runs * int(found)
+            for name, runs in self._runs.items()
+            if name not in self._fused
+            for line in self._lines[name]
+            for found in re.findall(r'"estimated_cycles":"(\d+)"', line)
+        )
+
+    def collectives(self) -> tuple[Collective, ...]:
+        """Returns what passes between devices, equal ones together, the most bytes first."""
+        found: collections.Counter = collections.Counter()
+        for name, runs in self._runs.items():
+            for line in self._lines[name]:
+                made = re.search(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(", line)
+                if made:
+                    shape = _result(made[1], started=bool(made[3]))
+                    hidden = bool(made[3]) or name in self._asynchronous
+                    kind = "reduce-scatter" if "reduce-scatter" in name else made[2]
+                    found[(kind, shape, _size(shape), _group(line), hidden)] += runs
+        every = [Collective(*key[:4], count=count, hidden=key[4]) for key, count in found.items()]
+        return tuple(sorted(every, key=lambda one: -one.bytes * one.count))
+
+    def kernels(self) -> tuple[Kernel, ...]:
+        """Returns the calls of Pallas kernels, equal ones together."""
+        found: collections.Counter = collections.Counter()
+        for name, runs in self._runs.items():
+            for line in self._lines[name]:
+                if 'custom_call_target="tpu_custom_call"' in line:
+                    called, shape = re.search(r"%?([\w\-]+?)(?:\.\d+)* = \(?[a-z]+\d*\[([\d,]*)\]", line).groups()
+                    found[(called, tuple(map(int, shape.split(","))))] += runs
+        return tuple(Kernel(*key, count) for key, count in found.items())
+
+    def _count_runs(self) -> dict[str, int]:
+        """Returns how often each computation runs that is reached from the entry; also finds those within fusions."""
+        self._fused: set[str] = set()
+        self._asynchronous: set[str] = set()
+        runs: collections.Counter = collections.Counter()
+
+        def visit(name: str, times: int, fused: bool) -> None:
+            runs[name] += times
+            if fused:
+                self._fused.add(name)
+            for line in self._lines[name]:
+                for called, trips, within in self._called(line):
+                    visit(called, times * trips, fused or within)
+
+        visit(self._entry, 1, False)
+        return dict(runs)
+
+    def _called(self, line: str) -> Iterator[tuple[str, int, bool]]:
+        """Yields (computation, trips, whether the caller's cycles are its own) of what a line calls."""
+        loop = re.search(r"\bwhile\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
+        if loop:
+            yield loop[2], _trips(line, self._lines[loop[1]]), False
+        called = re.search(r"\bcall\(.*to_apply=%?([\w.\-]+)", line)
+        if called:
+            yield called[1], 1, False
+        branches = re.search(r"\bconditional\(.*branch_computations=\{([^}]*)\}", line)
+        if branches:
+            # One of them runs; the dearest is taken.
+            names = [branch.strip().lstrip("%") for branch in branches[1].split(",")]
+            yield max(names, key=self._own_cycles), 1, False
+        fused = re.search(r"\b(fusion|async-start)\(.*calls=%?([\w.\-]+)", line)
+        if fused:
+            if fused[1] == "async-start":
+                self._asynchronous.add(fused[2])
+            yield fused[2], 1, True
+
+    @functools.cache  # noqa: B019 - one text at a time
+    def _own_cycles(self, name: str) -> int:
+        own = sum(int(found) for line in self._lines[name] for found in re.findall(r'"estimated_cycles":"(\d+)"', line))
+        inner = sum(
+            trips * self._own_cycles(called)
+            for line in self._lines[name]
+            for called, trips, within in self._called(line)
+            if not within
+        )
+        return own + inner
+
+
+def _trips(line: str, condition: list[str]) -> int:
+    """Returns how often a loop runs: as it is noted, or, as JAX's scans count from 0, the bound of its condition."""
+    noted = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)
+    bounds = [int(number) for text in condition for number in re.findall(r"\bs32\[\]\S* constant\((\d+)\)", text)]
+    if not noted and len(bounds) != 1:
+        raise ValueError(f"the number of trips of a loop cannot be told from its condition: {condition}")
+    return int(noted[1]) if noted else bounds[0]
+
+
+def _result(types: str, *, started: bool) -> str:
+    """Returns the shapes that a collective leaves; one that is only started lists its operands first."""
+    shapes = re.findall(r"[a-z]+\d*\[[\d,]*\]", types)
+    return ", ".join(shapes[len(shapes) // 2 :][:1] if started and len(shapes) > 1 else shapes)
+
+
+def _size(shapes: str) -> int:
+    return sum(
+        _BYTES.get(kind, 4) * math.prod(int(side) for side in sides.split(",") if side)
+        for kind, sides in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shapes)
+    )
+
+
+def _group(line: str) -> int:
+    """Returns how many devices a collective runs among."""
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return listed[1].count(",") + 1
+    if tiled := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
+        return int(tiled[2])
+    if meshed := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", meshed[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", meshed[2]))
+    return 2 if "source_target_pairs" in line else 1
+
+
+def _computations(program: str) -> tuple[dict[str, list[str]], str]:
+    """Returns the lines of each computation by its name, and the name of the entry."""
+    computations: dict[str, list[str]] = {}
+    name = entry = ""
+    for line in program.splitlines():
+        opened = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+        if opened:
+            name = opened[2]
+            computations[name] = []
+            entry = name if opened[1] else entry
+        elif name:
+            computations[name].append(line)
+    return computations, entry

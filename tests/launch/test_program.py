@@ -1,0 +1,72 @@
+"""Programs compiled for described TPU slices: cycles with loops multiplied out, memory, and refusals in a sentence."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from idefics_jax import sharding
+from idefics_jax.errors import UserError
+from launch import program
+
+PROGRAM = """\
+HloModule jit_f
+
+%fused (p: f32[8]) -> f32[8] {
+  ROOT %inner = f32[8]{0} add(%p, %p), backend_config={"estimated_cycles":"7"}
+}
+
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %f = f32[8]{0} fusion(%p), kind=kLoop, calls=%fused, backend_config={"estimated_cycles":"100"}
+}
+
+%condition (p: (s32[], f32[8])) -> pred[] {
+  %bound = s32[]{:T(128)} constant(4)
+  %c = pred[] compare(%p, %bound), backend_config={"estimated_cycles":"1"}
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %start = f32[8]{0} fusion(%x), kind=kLoop, calls=%fused, backend_config={"estimated_cycles":"20"}
+  %loop = (s32[], f32[8]) while(%start), condition=%condition, body=%body NOTE
+}
+"""
+
+
+@pytest.mark.parametrize(("note", "trips"), [("", 4), (', backend_config={"known_trip_count":{"n":"5"}}', 5)])
+def test_the_body_of_a_loop_counts_as_often_as_it_runs_and_a_fusion_once(note, trips):
+    assert program.Text(PROGRAM.replace(" NOTE", note)).cycles() == 20 + trips * 100
+
+
+def test_a_loop_that_does_not_tell_its_trips_is_an_error():
+    with pytest.raises(ValueError, match="number of trips of a loop cannot be told"):
+        program.Text(PROGRAM.replace(" NOTE", "").replace("constant(4)", "parameter(1)"))
+
+
+@pytest.mark.parametrize("name", ["v4-8", "v5e-8", "v5p-8"])
+def test_twice_the_layers_of_a_scan_are_estimated_at_twice_the_cycles(name):
+    mesh = sharding.make_mesh({"fsdp": -1}, program.slice_devices(name))
+    spread, whole = NamedSharding(mesh, PartitionSpec("fsdp")), NamedSharding(mesh, PartitionSpec())
+    x = jax.ShapeDtypeStruct((mesh.size * 256, 512), jnp.bfloat16, sharding=spread)
+
+    def scanned(x, kernels):
+        return jax.lax.scan(lambda y, kernel: (jnp.tanh(y @ kernel), None), x, kernels)[0]
+
+    few, many = (
+        program.cost(scanned, x, jax.ShapeDtypeStruct((layers, 512, 512), jnp.bfloat16, sharding=whole))
+        for layers in (32, 64)
+    )
+    assert 1.8 < many.cycles / few.cycles < 2.1
+    assert few.argument_bytes == pytest.approx(2 * (256 * 512 + 32 * 512 * 512), rel=0.01)
+    assert few.peak_bytes >= few.argument_bytes
+
+
+def test_what_does_not_fit_is_said_in_a_sentence():
+    mesh = sharding.make_mesh({"fsdp": -1}, program.slice_devices("v5e-8"))
+    whole = jax.ShapeDtypeStruct((2**17, 2**17), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+    with pytest.raises(UserError, match="it does not fit: Ran out of memory"):
+        program.cost(lambda x: x + 1, whole)
+
+
+def test_an_unknown_slice_is_refused_with_those_there_are():
+    with pytest.raises(UserError, match="slice 'v5p-7' is unknown; choose one of v4-8"):
+        program.slice_devices("v5p-7")
