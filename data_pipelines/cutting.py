@@ -1,7 +1,8 @@
 """Cutting: a document too large for a row becomes several, at the boundaries its kind knows.
 
-A conversation is cut between turns, and every piece has the images; a web page is cut between its texts and images.
-A turn or a text that is alone too large stays rejected. The result depends on the document and the row alone.
+A conversation is cut between turns, and every piece has the images; a web page and scanned pages are cut between
+passages. A turn or a word that is alone too large stays rejected. The result depends on the document and the row
+alone.
 """
 
 import bisect

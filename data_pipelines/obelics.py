@@ -2,14 +2,18 @@
 
 Schema: huggingface.co/datasets/HuggingFaceM4/OBELICS. It stores URLs; here they name files under `image_root`
 (image_files.py) and nothing is fetched. In the training form the images' bytes stand where their URLs stood. The
-columns `metadata` and `general_metadata` are not read. The loss is on all text.
+columns `metadata` and `general_metadata` are not read. The loss is on all text. A long page is cut between passages;
+an image goes with the passage after it, whose words may tell of it, and one that ends the page with the last.
 """
 
+import functools
+import itertools
 from typing import Any
 
 import pyarrow as pa
 
 from data_pipelines.image_files import LOST, read_image
+from data_pipelines.passages import passages
 from data_pipelines.rejection import BadRow
 from idefics_jax.documents import Image, Part, Text
 
@@ -26,6 +30,8 @@ NEEDED = (
     pa.schema([SCHEMA.field("images"), SCHEMA.field("texts")]),
     pa.schema([("images", pa.list_(pa.binary())), SCHEMA.field("texts")]),
 )
+# So many images go with a passage; of a longer run the others stand alone, as a row may not hold them all.
+_TOGETHER = 2
 
 
 def parts(row: dict[str, Any], image_root: str | None) -> tuple[Part, ...]:
@@ -74,13 +80,21 @@ def with_images(row: dict[str, Any], image_root: str | None, *, max_missing: flo
 
 
 def units(row: dict[str, Any]) -> int:
-    """Returns the number of texts and images: where a long page may be cut; raises BadRow as `parts`."""
-    return len(_positions(row))
+    """Returns the number of passages with their images: where a long page may be cut; raises BadRow as `parts`."""
+    _positions(row)
+    return len(_cut_into_units(tuple(row["texts"])))
 
 
 def piece(row: dict[str, Any], first: int, end: int) -> dict[str, Any]:
-    """Returns the page of positions [first, end)."""
-    return {**row, "images": row["images"][first:end], "texts": row["texts"][first:end]}
+    """Returns the page of units [first, end); a text that goes on in the next is without the white space between."""
+    whole = _cut_into_units(tuple(row["texts"]))
+    images, texts = [], []
+    for position, own in itertools.groupby(itertools.chain(*whole[first:end]), key=lambda part: part[0]):
+        images.append(row["images"][position])
+        texts.append("".join(passage for _, passage in own) if images[-1] is None else None)
+    if end < len(whole) and whole[end][0][0] == position:
+        texts[-1] = texts[-1].rstrip()
+    return {**row, "images": images, "texts": texts}
 
 
 def _positions(row: dict[str, Any]) -> list[tuple[str | bytes | None, str | None]]:
@@ -102,3 +116,23 @@ def _positions(row: dict[str, Any]) -> list[tuple[str | bytes | None, str | None
 
 def _data(image: str | bytes, image_root: str | None) -> bytes:
     return image if isinstance(image, bytes) else read_image(image, image_root)
+
+
+@functools.lru_cache(maxsize=16)  # the pieces of a page ask for its units again and again
+def _cut_into_units(texts: tuple[str | None, ...]) -> list[list[tuple[int, str | None]]]:
+    """Returns the units of a page, each of (position, passage), where the passage of an image is None."""
+    units: list[list[tuple[int, str | None]]] = []
+    images: list[tuple[int, None]] = []
+    for position, text in enumerate(texts):
+        if text is None:
+            images.append((position, None))
+            continue
+        first, *others = passages(text)
+        units += [[image] for image in images[:-_TOGETHER]]
+        units.append([*images[-_TOGETHER:], (position, first)])
+        units += [[(position, other)] for other in others]
+        images = []
+    if units:
+        units[-1] += images[:_TOGETHER]
+        images = images[_TOGETHER:]
+    return units + [[image] for image in images]

@@ -3,7 +3,7 @@
 A row is a document in The Cauldron's way of holding images, `images: list<struct{bytes, path}>`, with `texts:
 list<string>`, the text of each page: what OCR-IDL and PDFA hold, once the pages are rendered. The images come first and
 then the texts, joined by blank lines, as in the authors' code; the loss is on all text. A long document is cut between
-lines, a long line between words, and each piece has the images of the pages it touches.
+lines, a long line between passages, and each piece has the images of the pages it touches.
 """
 
 import functools
@@ -14,13 +14,12 @@ import pyarrow as pa
 
 from data_pipelines.cauldron import SCHEMA as CAULDRON
 from data_pipelines.cauldron import stored_image
+from data_pipelines.passages import passages
 from data_pipelines.rejection import BadRow
 from idefics_jax.documents import Part, Text
 
 SCHEMA = pa.schema([CAULDRON.field("images"), ("texts", pa.list_(pa.string()))])
 NEEDED = (SCHEMA,)
-# Where a line may be cut: after white space, into pieces of at most 200 characters, some 50 tokens. A word stays whole.
-_PIECES = re.compile(r".{1,199}(?:\s|$)|\s*\S+\s?", re.DOTALL)
 
 
 def parts(row: dict[str, Any], image_root: str | None) -> tuple[Part, ...]:
@@ -70,5 +69,5 @@ def _cut_into_lines(texts: tuple[str, ...]) -> tuple[tuple[int, str], ...]:
         (page, piece)
         for page, text in enumerate(texts)
         for line in re.split(r"(?<=\n)", text)
-        for piece in ([line] if len(line) <= 200 else _PIECES.findall(line))
+        for piece in passages(line)
     )

@@ -355,7 +355,7 @@ def _filtered(
     kind = KINDS[config.kind]
     whole = kind.with_images(values, config.image_root, max_missing=config.filters.document_max_missing_images)
     kept, taken = filters.apply(config.filters, whole, config.kind)
-    taken[filters.MISSING] += kind.units(values) - kind.units(whole)
+    taken[filters.MISSING] += len(values.get("images") or ()) - len(whole.get("images") or ())
     return kept, taken
 
 

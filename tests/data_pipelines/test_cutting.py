@@ -9,6 +9,7 @@ from data_pipelines import cauldron, obelics
 from data_pipelines.cutting import cut
 from data_pipelines.pipeline import batches
 from data_pipelines.rejection import Rejected
+from idefics_jax.batch import BatchShape
 from idefics_jax.errors import UserError
 from tests.data_pipelines.pictures import png
 
@@ -109,6 +110,23 @@ def test_a_long_page_is_cut_between_its_parts(one_source, processor):
     joined = " ".join(pieces[name] for name in ordered).split()
     assert joined == " ".join(words).split()[: len(joined)]
     assert len(joined) > 50
+
+
+def test_a_text_that_no_row_holds_is_cut_between_passages(one_source, processor):
+    """However long the texts of a page are, none is refused, and every word of them is read once."""
+    rng = np.random.default_rng(0)
+    words = [" ".join(rng.choice(["one", "two", "six"], int(n))) for n in rng.integers(1, 400, 6)]
+    row = {"images": [None] * 6, "texts": words, "metadata": "", "general_metadata": ""}
+    shape = BatchShape(rows=1, tokens=256, vision_rows=2, patches=32, images=8)
+    config = one_source([row] * 2, "obelics", obelics.SCHEMA, lookahead=1, rounds=0, shape=shape)
+    iterator, pieces = start(config, processor), {}
+    for _ in range(40):
+        packed = next(iterator)
+        pieces |= {name: text for name, text, _ in texts_of(packed, processor)}
+    assert not packed.rejected
+    own = [name for name in pieces if "parquet:0[" in name]
+    ordered = sorted(own, key=lambda name: int(name.rpartition("[")[2].split(":")[0]))
+    assert " ".join(pieces[name] for name in ordered).split() == " ".join(words).split()
 
 
 def test_a_turn_that_no_row_holds_is_counted_and_the_others_stay(one_source, processor):

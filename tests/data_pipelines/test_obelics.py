@@ -1,6 +1,8 @@
 import hashlib
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data_pipelines import obelics
 from data_pipelines.rejection import BadRow
@@ -84,3 +86,51 @@ def test_a_path_out_of_the_folder_is_no_missing_image(folder, name):
     with pytest.raises(BadRow) as refused:
         obelics.with_images({"images": [name], "texts": [None]}, folder, max_missing=1.0)
     assert refused.value.reason == "outside-image-root"
+
+
+def page(*positions):
+    """A page of texts, and of images as numbers."""
+    return {
+        "images": [None if isinstance(shown, str) else shown for shown in positions],
+        "texts": [shown if isinstance(shown, str) else None for shown in positions],
+    }
+
+
+def test_a_long_text_is_cut_between_passages_and_loses_no_word():
+    text = "A sentence of some words. " * 40
+    row = page("Before.", text, 1)
+    count = obelics.units(row)
+    assert count > 5
+    pieces = [obelics.piece(row, i, i + 1) for i in range(count)]
+    assert pieces[0] == page("Before.")
+    assert " ".join(piece["texts"][0] for piece in pieces[1:]) == text
+    assert all(piece["texts"][0].endswith("words.") for piece in pieces[1:-1])
+    assert obelics.piece(row, 0, 3)["texts"] == ["Before.", " ".join(piece["texts"][0] for piece in pieces[1:3])]
+
+
+def test_an_image_goes_with_the_words_after_it_and_a_last_one_with_those_before():
+    row = page("One.", 1, 2, "Two.", "Three.", 3)
+    pieces = [obelics.piece(row, i, i + 1) for i in range(obelics.units(row))]
+    assert pieces == [page("One."), page(1, 2, "Two."), page("Three.", 3)]
+
+
+def test_of_a_long_run_of_images_only_the_nearest_go_with_words():
+    row = page(1, 2, 3, 4, "One.", 5, 6, 7)
+    pieces = [obelics.piece(row, i, i + 1) for i in range(obelics.units(row))]
+    assert pieces == [page(1), page(2), page(3, 4, "One.", 5, 6), page(7)]
+    alone = page(1, 2, 3)
+    assert [obelics.piece(alone, i, i + 1) for i in range(3)] == [page(1), page(2), page(3)]
+
+
+@given(st.lists(st.integers() | st.text(st.sampled_from("a. \n"), max_size=900), min_size=1, max_size=8), st.data())
+def test_pieces_put_together_are_the_page(positions, data):
+    row = page(*positions)
+    count = obelics.units(row)
+    assert obelics.piece(row, 0, count) == row
+    cut = data.draw(st.integers(0, count))
+    both = [obelics.piece(row, *span) for span in ((0, cut), (cut, count)) if span[0] < span[1]]
+    assert [image for piece in both for image in piece["images"] if image is not None] == [
+        image for image in row["images"] if image is not None
+    ]
+    words = "".join(text for piece in both for text in piece["texts"] if text is not None)
+    assert words.split() == "".join(text for text in row["texts"] if text is not None).split() or cut
