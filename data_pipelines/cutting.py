@@ -3,18 +3,23 @@
 A conversation is cut between turns, and every piece has the images; a web page and scanned pages are cut between
 passages. A turn or a word that is alone too large stays rejected. The result depends on the document and the row
 alone.
+
+Images that cutting leaves without text are left out. That is no damage, unless the whole document has none.
 """
 
 import bisect
+import dataclasses
 from collections.abc import Callable
 from typing import TypeVar
 
-from data_pipelines.rejection import Rejected
+from data_pipelines.rejection import FILTERED, Rejected
 
 # What cutting may mend: the document is too large, not bad.
 TOO_LARGE = ("too-many-tokens", "too-many-images", "too-many-patches")
 # What a longer piece may mend: so far it has images alone.
 TOO_SHORT = ("nothing-trained",)
+# The reason of pieces that have images alone, of a document that has text.
+LEFT_OUT = f"{FILTERED}piece_without_text"
 # A document of so many units is tried whole first. A longer one is not: ten thousand images would be read for nothing.
 _TRIED_WHOLE = 256
 
@@ -44,7 +49,14 @@ def cut(units: int, make: Callable[[int, int], Piece | Rejected]) -> list[Piece 
         if _is_bad(piece):
             break
         first, guess = end, end - first
-    return pieces
+    return _without_text_left_out(pieces)
+
+
+def _without_text_left_out(pieces: list[Piece | Rejected]) -> list[Piece | Rejected]:
+    """Tells pieces of images alone from a document of images alone, which is bad and one."""
+    if all(_is_too_short(piece) for piece in pieces):
+        return pieces[:1]
+    return [dataclasses.replace(piece, reason=LEFT_OUT) if _is_too_short(piece) else piece for piece in pieces]
 
 
 def _longest(first: int, units: int, guess: int, make: Callable[[int, int], Piece | Rejected]) -> tuple:
@@ -72,3 +84,7 @@ def _longest(first: int, units: int, guess: int, make: Callable[[int, int], Piec
 
 def _is_bad(piece: object) -> bool:
     return isinstance(piece, Rejected) and piece.reason not in (*TOO_LARGE, *TOO_SHORT)
+
+
+def _is_too_short(piece: object) -> bool:
+    return isinstance(piece, Rejected) and piece.reason in TOO_SHORT

@@ -9,7 +9,8 @@ from idefics_jax.errors import UserError
 # The share of rejected documents is judged as if at least this many had been seen, so that one early bad document
 # does not look like a hundred per cent.
 SMALLEST_SAMPLE = 1000
-# How reasons begin that are no damage: the config's own choice (filters.py), or a download known to have failed.
+# How reasons begin that are no damage: the config's own choice (filters.py), a download known to have failed, or images
+# that cutting leaves out (cutting.py).
 FILTERED = "filter:"
 # The reasons of whole files that break off (tar.py, jsonl.py): what came after is not known, nor how much.
 CUT_SHORT = ("broken-tar", "broken-gzip")

@@ -1,6 +1,7 @@
 """A document too large for a row is cut where its kind may be cut; nothing is lost, and no image leaves its words."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,6 +53,30 @@ def test_what_came_before_the_bad_part_stays():
 
     assert cut(10, make) == [bad]
     assert cut(1000, make) == [(0, 4), bad]
+
+
+def test_images_that_cutting_leaves_without_text_are_no_damage():
+    def make(first, end):
+        """Units 0 to 3 are images, 4 is a text, 5 a text too large, 6 an image; four units fit a row."""
+        if end - first > 4 or first <= 5 < end:
+            return TOO_LONG
+        return (first, end) if first <= 4 < end else Rejected(f"x[{first}:{end}]", "nothing-trained", "no text")
+
+    pieces = cut(7, make)
+    assert [getattr(piece, "reason", piece) for piece in pieces] == [
+        "filter:piece_without_text",
+        (4, 5),
+        "too-many-tokens",
+        "filter:piece_without_text",
+    ]
+
+
+def test_a_document_of_images_alone_is_bad_once():
+    def make(first, end):
+        return TOO_LONG if end - first > 4 else Rejected(f"x[{first}:{end}]", "nothing-trained", "no text")
+
+    for units in (3, 11, 1000):
+        assert [piece.reason for piece in cut(units, make)] == ["nothing-trained"]
 
 
 def test_cutting_tries_few_pieces_and_none_that_is_much_too_long():
@@ -127,6 +152,27 @@ def test_a_text_that_no_row_holds_is_cut_between_passages(one_source, processor)
     own = [name for name in pieces if "parquet:0[" in name]
     ordered = sorted(own, key=lambda name: int(name.rpartition("[")[2].split(":")[0]))
     assert " ".join(pieces[name] for name in ordered).split() == " ".join(words).split()
+
+
+def test_healthy_pages_that_are_cut_have_no_damage(one_source, processor):
+    """Pages of texts and images in turns that end on an image, as published ones may, wherever the cuts fall."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for _ in range(60):
+        images, texts = [], []
+        for _ in range(rng.integers(1, 9)):
+            images += [None, "image.png"]
+            texts += [" ".join(["one"] * int(rng.integers(1, 20))), None]
+        rows.append({"images": images, "texts": texts, "metadata": "", "general_metadata": ""})
+    shape = BatchShape(rows=4, tokens=128, vision_rows=2, patches=32, images=8)
+    config = one_source(rows, "obelics", obelics.SCHEMA, lookahead=8, shape=shape, max_bad_fraction=0.0)
+    (source,) = config.stages[0].sources
+    Path(source.image_root, "image.png").write_bytes(png(28, 28))
+    iterator = start(config, processor)
+    while (packed := next(iterator)).epochs["mine"] < 1:
+        pass
+    assert packed.seen > 100
+    assert not packed.rejected
 
 
 def test_a_turn_that_no_row_holds_is_counted_and_the_others_stay(one_source, processor):
