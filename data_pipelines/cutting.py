@@ -39,15 +39,15 @@ def cut(units: int, make: Callable[[int, int], Piece | Rejected]) -> list[Piece 
       make: prepares the piece of units [first, end); with more units a piece is larger.
 
     Returns:
-      The pieces in order; a unit that is alone too large is there as Rejected. At a piece that is bad the document
-      ends.
+      The pieces in order; a unit that is alone too large is there as Rejected. If a piece is bad, that alone: the
+      document is bad as it would be in one piece, and counts once.
     """
     pieces, first, guess = [], 0, units if units <= _TRIED_WHOLE else 1
     while first < units:
         piece, end = _longest(first, units, guess, make)
-        pieces.append(piece)
         if _is_bad(piece):
-            break
+            return [piece]
+        pieces.append(piece)
         first, guess = end, end - first
     return _without_text_left_out(pieces)
 
@@ -60,7 +60,7 @@ def _without_text_left_out(pieces: list[Piece | Rejected]) -> list[Piece | Rejec
 
 
 def _longest(first: int, units: int, guess: int, make: Callable[[int, int], Piece | Rejected]) -> tuple:
-    """Returns the longest piece from `first` that is not too large, and its end.
+    """Returns the longest piece from `first` that is not too large, or one that is bad, and its end.
 
     It begins at a guess, and no piece it tries is more than twice as long as the one it finds or guesses.
     """
@@ -72,8 +72,6 @@ def _longest(first: int, units: int, guess: int, make: Callable[[int, int], Piec
 
     fits, end, step = first, min(units, first + guess), 1
     while not too_large(end):
-        if _is_bad(made[end]) and fits > first:
-            return made[fits], fits
         if end == units or _is_bad(made[end]):
             return made[end], end
         fits, end, step = end, min(units, end + step), 2 * step

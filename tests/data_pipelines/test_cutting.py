@@ -38,21 +38,16 @@ def test_pieces_are_as_long_as_they_can_be(sizes, wanted):
     assert [getattr(piece, "message", piece) for piece in cut(len(sizes), make)] == wanted
 
 
-def test_a_bad_document_is_not_cut():
+@pytest.mark.parametrize("units", [3, 10, 256, 257, 1000])
+def test_a_document_with_a_bad_part_is_bad_once_whatever_its_length(units):
     bad = Rejected("x", "corrupt", "no image")
-    assert cut(3, lambda first, end: bad) == [bad]
-
-
-def test_what_came_before_the_bad_part_stays():
-    bad, bare = Rejected("x", "corrupt", "no image"), Rejected("x", "nothing-trained", "no text")
 
     def make(first, end):
-        if first <= 6 < end:
+        if first <= units - 2 < end:
             return bad
-        return bare if end - first == 1 else (first, end) if end - first <= 4 else TOO_LONG
+        return (first, end) if end - first <= 4 else TOO_LONG
 
-    assert cut(10, make) == [bad]
-    assert cut(1000, make) == [(0, 4), bad]
+    assert cut(units, make) == [bad]
 
 
 def test_images_that_cutting_leaves_without_text_are_no_damage():
