@@ -6,9 +6,26 @@ from pathlib import Path
 
 from data_pipelines import image_store
 from data_pipelines.rejection import BadRow
+from idefics_jax.errors import UserError
 
 # Reasons for which an image counts as missing.
 LOST = ("missing-image", image_store.WRONG_DIGEST)
+
+
+def check_root(root: str | None, *, where: str) -> None:
+    """Looks at where images will be read from, before the first is.
+
+    Args:
+      root: as of `read_image`.
+      where: opens the message.
+
+    Raises:
+      UserError: there is no such folder, or the index in it is damaged.
+    """
+    if root is not None and not os.path.isdir(root):
+        raise UserError(f"{where} is {root!r}, which is no folder; name the folder of the images or of their index")
+    if root is not None:
+        image_store.opened(root)
 
 
 def read_image(name: str, root: str | None) -> bytes:

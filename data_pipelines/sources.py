@@ -6,6 +6,7 @@ import functools
 import hashlib
 import os
 import shlex
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,6 +29,7 @@ from data_pipelines import (
 from data_pipelines.augmentation import Augmentation
 from data_pipelines.cache import Cache
 from data_pipelines.filters import Filters
+from data_pipelines.image_files import check_root
 from data_pipelines.order import EpochOrder
 from data_pipelines.rejection import BadRow, Rejected
 from idefics_jax.documents import Document
@@ -41,6 +43,9 @@ CONVERSATIONS = ("cauldron", "text")
 Rows = parquet.ParquetRows | records.RecordRows | tfds_source.TfdsRows
 # What the names of files end in that preparation reads and training cannot.
 SEQUENTIAL = (".tar", ".jsonl", ".jsonl.gz")
+# After so many rows without a document, one after another, or so many epochs of a small source, it is taken to have
+# none: what filters take is no damage, and the search would not end.
+_BARREN_ROWS, _BARREN_EPOCHS = 10_000, 10
 
 # What a column of a prepared shard holds (training_form.py), as parquet would.
 _STORED_AS = {"bytes": pa.binary(), "text": pa.string(), "number": pa.float64()}
@@ -129,7 +134,8 @@ class DocumentSource:
           shards_here: how many of them this process reads.
 
         Raises:
-          UserError: files are missing or have other columns, or there are fewer documents than shards.
+          UserError: files or the folder of images are missing, files have other columns, or there are fewer documents
+            than shards.
         """
         self._config = config
         self._prepare = prepare
@@ -144,6 +150,9 @@ class DocumentSource:
                 "it more data"
             )
         self._order = EpochOrder(self._rows.group_rows, window=config.window, seed=seed, shards=shards)
+        # Rows since the last that gave a document, by what became of them.
+        self._barren: collections.Counter[str] = collections.Counter()
+        self._lock = threading.Lock()
 
     @property
     def group_rows(self) -> np.ndarray:
@@ -163,14 +172,36 @@ class DocumentSource:
         return self._order.length(shard)
 
     def read(self, shard: int, index: int) -> tuple[Any, ...]:
-        """Returns what the index-th row of a shard gives: a document, several where a long one is cut, or Rejected."""
+        """Returns what the index-th row of a shard gives: a document, several where a long one is cut, or Rejected.
+
+        Raises:
+          UserError: this row and very many before it gave no document.
+        """
         epoch, *place = self._order(shard, index)
         random = self._config.is_random
         seed = (self._seed, epoch if random else 0, *place)
         if random:
-            return self._make(*place, seed)
-        size = functools.partial(_total, self._prepared_size)
-        return self._cache.get((self._config, *place), lambda: self._make(*place, seed), size)
+            pieces = self._make(*place, seed)
+        else:
+            size = functools.partial(_total, self._prepared_size)
+            pieces = self._cache.get((self._config, *place), lambda: self._make(*place, seed), size)
+        self._check_not_barren(pieces)
+        return pieces
+
+    def _check_not_barren(self, pieces: tuple[Any, ...]) -> None:
+        with self._lock:
+            if not all(isinstance(piece, Rejected) for piece in pieces):
+                self._barren.clear()
+                return
+            self._barren[pieces[0].reason] += 1
+            count = self._barren.total()
+            if count < min(_BARREN_ROWS, _BARREN_EPOCHS * int(self.group_rows.sum())):
+                return
+            reasons = ", ".join(f"{reason} {count}" for reason, count in self._barren.most_common())
+        raise UserError(
+            f"source {self._config.name!r} gave no document in {count} rows one after another ({reasons}), the "
+            f"last being {pieces[0].name}: {pieces[0].message}; look at its image_root and filters, or take it out"
+        )
 
     def _make(self, group: int, row: int, seed: tuple[int, ...]) -> tuple[Any, ...]:
         values = _values(self._config, self._rows, group, row)
@@ -223,6 +254,7 @@ def read_documents(config: SourceConfig) -> Iterator[Document]:
 
 def _open_rows(config: SourceConfig, *, readers: int) -> Rows:
     where = f"source {config.name!r}"
+    check_root(config.image_root, where=f"{where}: image_root")
     paths = parquet.expand(config.paths, where=f"{where}: paths")
     forms = {_form(path) for path in paths}
     if len(forms) > 1:

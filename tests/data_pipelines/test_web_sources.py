@@ -210,3 +210,26 @@ def test_pages_prepared_with_their_images_are_the_pages_read_with_them(pages, tm
     assert told["filtered_images"] == {"filter:image_min_side": 1, "filter:image_missing": 3}
     scored = dataclasses.replace(prepared, filters=Filters(document_max_perplexity=35.0))
     assert by_reason(elements(scored, 7)) == {"filter:document_max_perplexity": 6}
+
+
+def test_a_folder_of_images_that_is_not_there_is_refused_at_once(pages):
+    lost = dataclasses.replace(pages, image_root=f"{pages.image_root}s")
+    with pytest.raises(UserError, match=r"source 'web': image_root is '.*/indexs', which is no folder"):
+        elements(lost, 1)
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_a_source_whose_every_document_is_filtered_ends_in_a_sentence(config, processor, pages, tmp_path, threads):
+    """As when images lie elsewhere and are allowed to be missing: nothing is damaged, and nothing is left."""
+    (tmp_path / "empty").mkdir()
+    chosen = Filters(document_max_missing_images=1.0, document_min_images=1)
+    barren = dataclasses.replace(pages, image_root=str(tmp_path / "empty"), filters=chosen)
+    one = dataclasses.replace(config, stages=(Stage((barren,)),), num_threads=threads)
+    with pytest.raises(UserError, match=r"source 'web' gave no document in 100 rows .*document_min_images 100"):
+        next(batches(one, processor, process_index=0, process_count=1))
+
+
+def test_a_source_that_gives_a_document_now_and_then_is_read_on(pages):
+    chosen = dataclasses.replace(pages, filters=Filters(document_max_perplexity=0.0, document_max_missing_images=1.0))
+    read = elements(chosen, 500)
+    assert sum(not isinstance(pieces[0], Rejected) for pieces in read) == 50
