@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipelines import filters, manifest, parquet, prepare_beam, prepare_pool, readers, tfds_source
+from data_pipelines import filters, image_files, manifest, parquet, prepare_beam, prepare_pool, readers, tfds_source
 from data_pipelines.preparation import Preparation, check_bad_fraction
 from data_pipelines.progress import Progress
 from data_pipelines.sources import KINDS
@@ -34,9 +34,10 @@ def open_inputs(recipe: Recipe, patterns: Sequence[str], output: Path) -> Prepar
     """Returns the preparation of the files that patterns name; those that can be checked without reading them are.
 
     Raises:
-      UserError: a file is missing, has no reader, or has other columns than the kind's.
+      UserError: a file or the image_root is missing, or a file has no reader, or other columns than the kind's.
     """
     inputs = parquet.expand(patterns, where="--input")
+    image_files.check_root(recipe.image_root, where="--image_root")
     for path in inputs:
         readers.reader_of(path, recipe.features)
     sets = [path for path in inputs if tfds_source.is_shard(path)]

@@ -437,6 +437,7 @@ def test_progress_tells_rates_what_was_dropped_and_the_time_left():
         (("--input", "{folder}/pages.parquet"), "set kind to 'obelics'"),
         (("--input", "{folder}/torn.parquet"), "is not a readable parquet file"),
         (("--input", "{folder}/a.parquet", "--filters", "min_side=3"), "there is no filter 'min_side'"),
+        (("--input", "{folder}/a.parquet", "--image_root", "{folder}/gone"), "gone', which is no folder"),
         (("--input", "{folder}/a.parquet", "--captions", "made"), "a.parquet has no column made of texts, which"),
         (("--input", "{folder}/a.parquet", "--processes", "0"), "--processes is 0; it must be at least 1"),
         (("--input", "{folder}/a.parquet", "--max_bad_fraction", "2"), "--max_bad_fraction is 2.0"),
