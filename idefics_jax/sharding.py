@@ -134,12 +134,14 @@ def constrain(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
 def mesh_axes(name: str, length: int) -> tuple[str, ...]:
     """Returns the axes of the current mesh that a dim of this name and length is cut along.
 
-    Outside `use_mesh`, or where the devices along them do not divide the length, none.
+    Outside `use_mesh`, or where the devices along them do not divide the length, none. An axis of one device cuts
+    nothing, and XLA's partitioner refuses a collective along such axes alone.
     """
     rules = dict(nn.get_logical_axis_rules())
     axes = spec((name,), rules)[0] if rules else None
-    axes = (axes,) if isinstance(axes, str) else axes or ()
-    return axes if length % math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes) == 0 else ()
+    sizes = jax.sharding.get_abstract_mesh().shape
+    axes = tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes or ()) if sizes[axis] > 1)
+    return axes if length % math.prod(sizes[axis] for axis in axes) == 0 else ()
 
 
 def logical_axes(boxed: Any) -> Any:
