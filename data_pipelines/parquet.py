@@ -99,6 +99,10 @@ def expand(patterns: Sequence[str], *, where: str) -> list[str]:
     """
     paths = []
     for pattern in patterns:
+        if "://" in pattern:
+            raise UserError(
+                f"{where} names {pattern!r}; data is read from a disk: mount the bucket (gcsfuse), or copy it"
+            )
         found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         if not found or not all(Path(path).exists() for path in found):
             raise UserError(f"{where} names {pattern!r}, which matches no file; give the path or glob of files")

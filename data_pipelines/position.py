@@ -6,12 +6,12 @@ shard_<k>.json   where shard k stands
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import grain
 from etils import epath
 
+from idefics_jax import buckets
 from idefics_jax.errors import UserError
 
 # In a work directory: where the data stood when the run had ended.
@@ -51,7 +51,8 @@ def reached(workdir: str, shards: Sequence[int], about: dict[str, Any]) -> list[
     Raises:
       UserError: there is no such run, it had another number of shards, or a source had other files.
     """
-    folder = Path(workdir, FOLDER)
+    buckets.check(workdir)
+    folder = epath.Path(workdir) / FOLDER
     if not (folder / _ABOUT).exists():
         raise UserError(f"data.after is {workdir!r}, which holds no {FOLDER}; give the workdir of a run that has ended")
     before = json.loads((folder / _ABOUT).read_text())

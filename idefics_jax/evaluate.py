@@ -6,9 +6,8 @@ Figures, samples and a contact sheet go to DIR/eval, or to --out.
 """
 
 from absl import flags, logging
-from etils import epath
 
-from idefics_jax import commands
+from idefics_jax import buckets, commands
 
 _CONFIG = commands.define_config(None, "what to ask, configs/eval/NAME.py")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "a work directory, a model folder or a Hugging Face folder")
@@ -23,9 +22,9 @@ def main() -> None:
     from idefics_jax.evaluation.run import EvalConfig, evaluate
 
     config = settings.build(EvalConfig, _CONFIG.value.to_dict(), "config")
-    checkpoint = epath.Path(_CHECKPOINT.value).resolve()
+    checkpoint = buckets.absolute(_CHECKPOINT.value)
     model = idefics_jax.load(checkpoint)
-    figures = evaluate(model, config, epath.Path(_OUT.value).resolve() if _OUT.value else checkpoint / "eval")
+    figures = evaluate(model, config, buckets.absolute(_OUT.value) if _OUT.value else checkpoint / "eval")
     print(f"{config.metric}: {figures[config.metric]:.3f} over {figures['questions']} questions")
 
 

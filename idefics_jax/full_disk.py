@@ -17,6 +17,7 @@ import jax
 from absl import logging as absl_logging
 from etils import epath
 
+from idefics_jax.buckets import is_remote
 from idefics_jax.errors import UserError
 
 # What a user mends by making room or choosing another place.
@@ -29,7 +30,7 @@ def check_room(path: epath.PathLike, tree: Any) -> None:
     Raises:
       UserError: with the bytes it takes and those that are free.
     """
-    if "://" in os.fspath(path):
+    if is_remote(path):
         return
     there = next(folder for folder in (Path(path).absolute(), *Path(path).absolute().parents) if folder.exists())
     takes, free = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)), shutil.disk_usage(there).free

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
+from idefics_jax import buckets
 from idefics_jax.batch import Batch
 from idefics_jax.config import Idefics2Config
 from idefics_jax.convert.hf import iter_from_hf
@@ -105,6 +106,7 @@ def load(
 
 def find_model(path: epath.PathLike) -> epath.Path:
     """Returns the folder that holds the model of `path`: itself, or its `model` where it is a work directory."""
+    buckets.check(path)
     path = epath.Path(path).expanduser()
     inner = path / MODEL_IN_WORKDIR
     if is_model_folder(path) or is_hf_folder(path):

@@ -16,6 +16,7 @@ from absl import logging
 from etils import epath
 
 from idefics_jax import tokenizer_json
+from idefics_jax.buckets import write_whole
 from idefics_jax.chat import CHAT_TEMPLATE
 from idefics_jax.config import Idefics2Config
 from idefics_jax.errors import UserError
@@ -71,7 +72,7 @@ def write(folder: epath.PathLike, tokenizer: Tokenizer, rules: ImageRules, num_l
     folder.mkdir(parents=True, exist_ok=True)
     special = tokenizer_json.special_tokens(tokenizer)
     unk, bos, eos = (special[index] for index in (tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id))
-    _write(folder / "tokenizer.model", tokenizer.model)
+    write_whole(folder / "tokenizer.model", tokenizer.model)
     _write_json(folder / "tokenizer.json", tokenizer_json.to_json(tokenizer))
     _write_json(
         folder / "tokenizer_config.json",
@@ -115,7 +116,7 @@ def write(folder: epath.PathLike, tokenizer: Tokenizer, rules: ImageRules, num_l
     _write_json(
         folder / "processor_config.json", {"image_seq_len": num_latents, "processor_class": "Idefics2Processor"}
     )
-    _write(folder / "chat_template.jinja", CHAT_TEMPLATE.encode())
+    write_whole(folder / "chat_template.jinja", CHAT_TEMPLATE.encode())
 
 
 def _read_tokenizer(folder: epath.Path) -> Tokenizer:
@@ -210,10 +211,4 @@ def _read_json(path: epath.Path) -> dict[str, Any] | None:
 
 
 def _write_json(path: epath.Path, content: Mapping[str, Any]) -> None:
-    _write(path, json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n")
-
-
-def _write(path: epath.Path, content: bytes) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    part.replace(path)
+    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n")

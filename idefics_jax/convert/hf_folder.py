@@ -17,6 +17,7 @@ import safetensors.numpy
 from etils import epath
 
 from idefics_jax import full_disk
+from idefics_jax.buckets import need_disk
 from idefics_jax.config import Idefics2Config
 from idefics_jax.convert.hf import check_params, iter_to_hf
 from idefics_jax.convert.rules import leaves
@@ -140,6 +141,7 @@ def write_hf_folder(
 
 def _open_file(path: epath.Path) -> Any:
     """Opens a safetensors file, having checked its header."""
+    need_disk(path, "safetensors")
     try:
         file = safetensors.safe_open(path, framework="numpy", backend="pread")
         _check_unique_names(path)

@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from idefics_jax import full_disk
+from idefics_jax.buckets import absolute
 from idefics_jax.config import Idefics2Config
 from idefics_jax.convert.hf import check_params
 from idefics_jax.convert.staging import staged
@@ -67,11 +68,12 @@ def save_model(
             raise full_disk.os_error(error) or error from error
         if jax.process_index() == 0:
             (folder / FINGERPRINT).write_text(json.dumps(sums, indent=2) + "\n")
-            (folder / "config.json").write_text(json.dumps(config.to_hf(), indent=2) + "\n")
             if generation_config is not None:
                 (folder / "generation_config.json").write_text(json.dumps(generation_config, indent=2) + "\n")
             if processor is not None:
                 processor.save(folder)
+            # Last: without it the folder is no model's.
+            (folder / "config.json").write_text(json.dumps(config.to_hf(), indent=2) + "\n")
 
 
 def load_model(path: epath.PathLike, *, shardings: Any = None) -> tuple[dict[str, Any], Idefics2Config]:
@@ -98,7 +100,7 @@ def load_model(path: epath.PathLike, *, shardings: Any = None) -> tuple[dict[str
     wanted = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings)
     arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
     with _named(path):
-        params = ocp.PyTreeCheckpointer().restore(path.resolve() / PARAMS, item=wanted, restore_args=arguments)
+        params = ocp.PyTreeCheckpointer().restore(absolute(path) / PARAMS, item=wanted, restore_args=arguments)
         damaged = changed(params, json.loads((path / FINGERPRINT).read_text()))
     if damaged:
         raise UserError(
@@ -118,7 +120,7 @@ def model_shapes(path: epath.PathLike) -> dict[str, Any]:
     if not is_model_folder(path):
         raise UserError(f"{path} holds no config.json and {PARAMS}; give a folder written by from-hf or by training")
     with _named(path):
-        found = ocp.PyTreeCheckpointer().metadata(path.resolve() / PARAMS).item_metadata.tree
+        found = ocp.PyTreeCheckpointer().metadata(absolute(path) / PARAMS).item_metadata.tree
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), found)
 
 

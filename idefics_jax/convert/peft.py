@@ -115,8 +115,8 @@ def save_adapter(
             tensors |= {PREFIX + n: x for n, x in _layers(leaf, whole[leaf.rule.ours], leaf.rule.op)}
     with staged(folder, replace=True) as aside:
         if jax.process_index() == 0:
+            (aside / WEIGHTS).write_bytes(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
             (aside / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
-            safetensors.numpy.save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
 
 
 def about(folder: epath.PathLike) -> str:

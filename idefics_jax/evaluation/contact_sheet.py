@@ -1,5 +1,6 @@
 """Questions, answers and their images on one sheet, right ones green and wrong ones red."""
 
+import io
 from collections.abc import Sequence
 
 import matplotlib
@@ -42,5 +43,7 @@ def draw_contact_sheet(
         colour = "darkgreen" if score == 1 else "firebrick"
         asked = question.text.removeprefix("User:").removesuffix("Assistant:").strip()
         axis.set_title(f"{asked}\n{answer}{wrong}", fontsize=7, color=colour, parse_math=False)
-    figure.savefig(path, dpi=110)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=110, format="png")
     plt.close(figure)
+    path.write_bytes(image.getvalue())

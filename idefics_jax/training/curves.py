@@ -1,5 +1,7 @@
 """The curves of a run as a picture, from its metrics.jsonl."""
 
+import io
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -26,6 +28,8 @@ def draw_curves(workdir: epath.Path) -> epath.Path:
         axis.set_yscale("linear" if name == "train/accuracy" else "log")
         axis.grid(alpha=0.3)
     path = workdir / "loss.png"
-    figure.savefig(path, dpi=110)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=110, format="png")
     plt.close(figure)
+    path.write_bytes(image.getvalue())
     return path

@@ -14,6 +14,8 @@ import numpy as np
 import tensorboardX
 from etils import epath
 
+from idefics_jax.buckets import Outbox
+
 _summary_writer = types.ModuleType("clu.metric_writers.summary_writer")
 _summary_writer.SummaryWriter = None
 sys.modules.setdefault("clu.metric_writers.summary_writer", _summary_writer)
@@ -74,23 +76,31 @@ def silent_writer() -> metric_writers.MetricWriter:
 class RunWriter(TensorBoardWriter):
     """Also keeps the scalars as one JSON object a step in `workdir/metrics.jsonl`, which can be searched and plotted.
 
-    A resumed run drops the lines after the step it resumes from, so the file reads as if it had never stopped.
+    A resumed run drops the lines after the step it resumes from, so the file reads as if it had never stopped. Where
+    `workdir` is in a bucket, both grow on this machine and are delivered with `flush`, at the end and now and then.
     """
 
     def __init__(self, workdir: epath.Path, resume_step: int):
-        super().__init__(workdir / "events", resume_step)
-        path = workdir / "metrics.jsonl"
-        kept = [line for line in read_metrics(path) if line["step"] <= resume_step]
+        self._outbox = Outbox(workdir)
+        super().__init__(self._outbox.path / "events", resume_step)
+        kept = [line for line in read_metrics(workdir / "metrics.jsonl") if line["step"] <= resume_step]
+        path = self._outbox.path / "metrics.jsonl"
         path.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._file = open(path, "a", buffering=1)  # noqa: SIM115  (closed in close)
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         super().write_scalars(step, scalars)
         self._file.write(json.dumps({"step": step, **{name: float(value) for name, value in scalars.items()}}) + "\n")
+        self._outbox.deliver_now_and_then()
+
+    def flush(self) -> None:
+        super().flush()
+        self._outbox.deliver()
 
     def close(self) -> None:
         self._file.close()
         super().close()
+        self._outbox.close()
 
 
 def read_metrics(path: epath.Path) -> list[dict[str, float]]:
