@@ -20,6 +20,8 @@ from idefics_jax.errors import UserError
 flags.disclaim_key_flags()  # --help shows a flag with the command that defines it by a function here
 
 USAGE_ERROR = 2
+# The variable that says with which status a run ends that a signal has stopped; 0 without it.
+STOPPED_STATUS = "IDEFICS_STOPPED_STATUS"
 # What is wrong with a place, not with the program: full, over quota, read-only, forbidden, too large a file.
 PLACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR)
 
@@ -54,6 +56,17 @@ def run(main: Callable[..., None], *, required: tuple[str, ...] = (), takes_comm
         processes.leave(1)
     except SystemExit as error:
         processes.leave(error.code)
+
+
+def end_stopped() -> None:
+    """Ends a command that a signal has stopped before it was done, with the status that the environment asks for.
+
+    Whatever starts again what has failed, as GKE does, would else take it for one that is done.
+    """
+    given = os.environ.get(STOPPED_STATUS, "0")
+    if not given.isdigit() or int(given) > 255:
+        raise UserError(f"{STOPPED_STATUS} is {given!r}; it must be a whole number from 0 to 255")
+    sys.exit(int(given))
 
 
 def _parse(argv: list[str], required: tuple[str, ...], takes_command: bool) -> list[str]:

@@ -3,7 +3,8 @@
     python -m idefics_jax.train --config configs/digits.py --workdir work/digits
     python -m idefics_jax.train --config configs/digits.py:lora --workdir work/lora --config.steps=500
 
-The same command goes on with a run that was stopped.
+The same command goes on with a run that was stopped. SIGTERM or Ctrl-C saves first, and ends with status 0, or with what
+the variable IDEFICS_STOPPED_STATUS says.
 
     python -m idefics_jax.train --config configs/idefics2_8b/stage1.py --plan
 
@@ -12,13 +13,14 @@ prints what would train, and what it takes, without a weight. A run of several p
 """
 
 from absl import flags, logging
-from etils import epath
 
-from idefics_jax import commands, processes
+from idefics_jax import buckets, commands, processes
 from idefics_jax.errors import UserError
 
 _CONFIG = commands.define_config(None, "what to train, configs/NAME.py[:argument]")
-_WORKDIR = commands.define_folder("workdir", None, "folder of the run: checkpoints, metrics, the trained model")
+_WORKDIR = commands.define_folder(
+    "workdir", None, "folder of the run, or gs://BUCKET/FOLDER: checkpoints and model"
+)
 _PLAN = flags.DEFINE_boolean("plan", False, "print what would train, from shapes alone, and stop")
 
 
@@ -36,8 +38,11 @@ def main() -> None:
         return
     if _WORKDIR.value is None:
         raise UserError("--workdir is missing; see --help")
+    workdir = buckets.absolute(_WORKDIR.value)
     with processes.joined():
-        train(config, values, epath.Path(_WORKDIR.value).resolve())
+        done = train(config, values, workdir)
+    if not done:
+        commands.end_stopped()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from absl import flags
 
-from idefics_jax.commands import USAGE_ERROR
+from idefics_jax import commands
 from idefics_jax.errors import UserError
 from launch.slices import Slice, find
 
@@ -14,9 +14,9 @@ from launch.slices import Slice, find
 MOUNT = "/bucket"
 # A run that a signal stopped has saved and must be started again; one that a person must look at must not.
 STOPPED_STATUS = 75
-GIVE_UP_STATUS = USAGE_ERROR
+GIVE_UP_STATUS = commands.USAGE_ERROR
 # Set on every machine; a job's own `environment` comes after it.
-ENVIRONMENT = {"IDEFICS_STOPPED_STATUS": str(STOPPED_STATUS), "PYTHONUNBUFFERED": "1"}
+ENVIRONMENT = {commands.STOPPED_STATUS: str(STOPPED_STATUS), "PYTHONUNBUFFERED": "1"}
 # Google's names are labels of RFC 1035.
 _LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 _LONGEST_NAME = 40  # Kubernetes adds up to 23 more for a pod's

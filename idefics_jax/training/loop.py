@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 
 from data_pipelines import pipeline, position
 from idefics_jax import processes, sharding
+from idefics_jax.buckets import write_whole
 from idefics_jax.convert.orbax import save_model
 from idefics_jax.convert.peft import about, save_adapter
 from idefics_jax.errors import UserError
@@ -36,7 +37,7 @@ from idefics_jax.training.writers import RunWriter, silent_writer
 RUN_FILE = "run.json"
 
 
-def train(config: TrainConfig, values: dict[str, Any], workdir: epath.Path) -> None:
+def train(config: TrainConfig, values: dict[str, Any], workdir: epath.Path) -> bool:
     """Trains, or goes on with, the run in `workdir`, and leaves the trained model in `workdir/model`.
 
     Several processes that have joined (processes.joined) all call it, and do the same at the same step.
@@ -44,7 +45,10 @@ def train(config: TrainConfig, values: dict[str, Any], workdir: epath.Path) -> N
     Args:
       config: the settings.
       values: the same as the plain nested dict that is kept beside the run.
-      workdir: absolute path.
+      workdir: absolute path, or one in a bucket.
+
+    Returns:
+      Whether the run has reached its end; a signal has stopped it if not.
 
     Raises:
       UserError: the config cannot be used, `workdir` holds another run, a number is not finite, the data is bad
@@ -69,6 +73,7 @@ def train(config: TrainConfig, values: dict[str, Any], workdir: epath.Path) -> N
             finish(run, state, frozen, data, workdir)
         else:
             print("stopped and saved; run the same command again to go on", flush=True)
+        return done
 
 
 def check_same_run(values: dict[str, Any], workdir: epath.Path) -> None:
@@ -115,9 +120,7 @@ def check_shared(workdir: epath.Path) -> None:
 
 def record_run(values: dict[str, Any], workdir: epath.Path) -> None:
     """Keeps the settings beside a run."""
-    aside = workdir / f"{RUN_FILE}.tmp"
-    aside.write_text(json.dumps(values, indent=2))
-    aside.replace(workdir / RUN_FILE)
+    write_whole(workdir / RUN_FILE, json.dumps(values, indent=2).encode())
 
 
 def start(
@@ -175,6 +178,7 @@ def steps(
                     writer.write_scalars(step, report)
                 if step % config.checkpoint_every == 0:
                     checkpoints.save(step, state, data, progress.state(), sound=progress.sound)
+                    writer.flush()
         with naming_the_last_checkpoint(checkpoints):
             checkpoints.save(step, state, data, progress.state(), sound=progress.sound)
     return state, step == config.steps

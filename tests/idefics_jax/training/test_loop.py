@@ -39,12 +39,14 @@ def test_sigterm_saves_and_going_on_is_bit_equal_to_never_having_stopped(values,
     """The run is stopped between two checkpoints and in the middle of what the packer holds."""
     command = [sys.executable, "-m", "idefics_jax.train", "--config", str(config_file(values, tmp_path))]
     command += ["--workdir", str(tmp_path / "run")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    environment = {**os.environ, "IDEFICS_STOPPED_STATUS": "75"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, text=True, env=environment) as process:
         for line in process.stdout:
             if line.startswith("step 2/"):
                 process.send_signal(signal.SIGTERM)
         errors = process.stderr.read()
-    assert process.returncode == 0, errors
+    assert process.returncode == 75, errors
     stopped_at = max(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir())
     assert 2 <= stopped_at < 8
     lines, params = run(values, tmp_path / "run")
