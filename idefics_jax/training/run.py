@@ -1,6 +1,7 @@
 """What a run is made of: model, parameters in their two parts, optimizer, state and step, each placed on the mesh."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -88,11 +89,12 @@ def row_share(mesh: Mesh, rows: int) -> RowShare:
     Raises:
       UserError: the rows cannot be spread evenly, or two processes would share some of their rows and not others.
     """
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    spread = sharding.batch_sharding(mesh)
+    ways = math.prod(mesh.shape[axis] for axis in spread.spec[0])
     if rows % ways:
         raise UserError(f"data.shape.rows is {rows}; the mesh spreads them over {ways} devices, so give a multiple")
     starts: dict[int, set[int]] = {}
-    for device, (part,) in sharding.batch_sharding(mesh).devices_indices_map((rows,)).items():
+    for device, (part,) in spread.devices_indices_map((rows,)).items():
         starts.setdefault(device.process_index, set()).add(part.start or 0)
     parts = sorted({tuple(sorted(own)) for own in starts.values()})
     if len({start for part in parts for start in part}) != sum(map(len, parts)) or len(set(map(len, parts))) > 1:
