@@ -12,6 +12,7 @@ sublanes, which costs no shuffling of lanes, and the products with 72 numbers a 
 compiler's schedule for a v5e that is half the cycles of the usual orientation.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -29,9 +30,8 @@ BLOCK = 256
 HEADS = 8
 # What is saved of the forward pass carries this name (stack.REMAT_POLICIES).
 SAVED = "attention"
-# Block pairs of one call: their list lies in the scalar memory, of 1 MiB, as one int32 each.
+# Block pairs that a call may list: the list lies in the scalar memory, of 1 MiB, as one int32 each.
 MAX_PAIRS = 200_000
-_BITS = 10  # of a block's number within its row
 _LOG2E = 1.4426950408889634
 _UNSEEN = -1e30
 
@@ -52,15 +52,30 @@ def flash_attention(
       [B, T, N, H] in the query's dtype.
 
     Raises:
-      ValueError: more blocks than fit the list of their pairs.
+      ValueError: a row has more pairs of blocks than can be listed.
     """
-    batch, length, _, head_dim = query.shape
+    batch, length = query.shape[:2]
     queries, keys = pl.cdiv(length, BLOCK), pl.cdiv(key.shape[1], BLOCK)
-    if batch * queries * keys > MAX_PAIRS or max(queries, keys) > 2**_BITS:
+    if queries * keys > MAX_PAIRS:
         raise ValueError(
-            f"attention of {batch} rows with {queries} x {keys} blocks of {BLOCK}: at most {MAX_PAIRS} pairs of blocks "
-            f"and {2**_BITS} blocks a row can be listed; give each device fewer rows, or shorter ones"
+            f"attention of {length} queries to {key.shape[1]} keys has more than {MAX_PAIRS} pairs of blocks of "
+            f"{BLOCK}, the most that can be listed; make the rows shorter"
         )
+    calls = min(n for n in range(1, batch + 1) if batch % n == 0 and batch // n * queries * keys <= MAX_PAIRS)
+    arrays = query, key, value, visibility
+    if calls == 1:
+        return _of_rows(arrays, interpret)
+    out = jax.lax.map(
+        functools.partial(_of_rows, interpret=interpret),
+        jax.tree.map(lambda x: x.reshape(calls, -1, *x.shape[1:]), arrays),
+    )
+    return out.reshape(query.shape)
+
+
+def _of_rows(arrays: tuple[jax.Array, jax.Array, jax.Array, Visibility], interpret: bool) -> jax.Array:
+    """Computes as many rows as can be listed."""
+    query, key, value, visibility = arrays
+    length, head_dim = query.shape[1], query.shape[3]
     query = query * (head_dim**-0.5 * _LOG2E)  # the kernel's exponentials are powers of two
     active = active_blocks(visibility)
     pairs = (*_listed(active), *_listed(active.swapaxes(1, 2)))
@@ -106,26 +121,48 @@ def active_blocks(visibility: Visibility) -> jax.Array:
     return overlap & (shared != 0)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Packing:
+    """How a row, an outer and an inner block are one int32, in whose order they are visited.
+
+    Attributes:
+      outer, inner: bits of a block's number.
+    """
+
+    outer: int
+    inner: int
+
+    @classmethod
+    def of(cls, outer_blocks: int, inner_blocks: int) -> "_Packing":
+        return cls(max(1, (outer_blocks - 1).bit_length()), max(1, (inner_blocks - 1).bit_length()))
+
+    def pack(self, row, outer, inner):
+        return (row << self.outer + self.inner) + (outer << self.inner) + inner
+
+    def row(self, pair):
+        return pair >> self.outer + self.inner
+
+    def outer_block(self, pair):
+        return (pair >> self.inner) & (2**self.outer - 1)
+
+    def inner_block(self, pair):
+        return pair & (2**self.inner - 1)
+
+
 def _listed(active: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the active pairs as row, outer and inner block in one int32, in order, and their number, int32 [1].
+    """Returns the packed active pairs in order, int32 [B * outer * inner], and their number, int32 [].
 
     An outer block without an active pair has its first one listed, so that each result is written.
     """
-    rows, outer, inner = active.shape
     active = active.at[:, :, 0].set(active[:, :, 0] | ~active.any(2))
     numbers = [jax.lax.broadcasted_iota(jnp.int32, active.shape, axis) for axis in range(3)]
-    packed = (numbers[0] << 2 * _BITS) + (numbers[1] << _BITS) + numbers[2]
-    order = jnp.sort(jnp.where(active, packed, jnp.iinfo(jnp.int32).max).reshape(rows * outer * inner))
+    packed = _Packing.of(*active.shape[1:]).pack(*numbers)
+    order = jnp.sort(jnp.where(active, packed, jnp.iinfo(jnp.int32).max).reshape(-1))
     return order, jnp.sum(active, dtype=jnp.int32)
 
 
-def _unpacked(pair: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns (row, outer block, inner block)."""
-    return pair >> 2 * _BITS, (pair >> _BITS) & (2**_BITS - 1), pair & (2**_BITS - 1)
-
-
 def _ends(pairs: jax.Array, shift: int) -> tuple[jax.Array, jax.Array]:
-    """Returns whether this step is the first, and the last, of those with the same row (or row and outer block)."""
+    """Returns whether this step is the first, and the last, of those whose pairs are equal but for `shift` bits."""
     step, steps = pl.program_id(1), pl.num_programs(1)
     own = pairs[step] >> shift
     begins = (step == 0) | (pairs[jnp.maximum(step - 1, 0)] >> shift != own)
@@ -183,17 +220,18 @@ def _forward(interpret, query, key, value, tables, pairs):
     group = heads // key.shape[1]
     step = heads_a_step(heads, key.shape[1], 0)
     kv_step = max(1, step // group)
-    of_query, of_key = _row_specs(outer_is_query=True)
+    packing = _Packing.of(length // BLOCK, key.shape[3] // BLOCK)
+    of_query, of_key = _table_spec(packing.row, packing.outer_block), _table_spec(packing.row, packing.inner_block)
     q_spec, kv_spec = (
         pl.BlockSpec((None, n, head_dim, BLOCK), index)
         for n, index in (
-            (step, _index(lambda h: h, outer=True)),
-            (kv_step, _index(lambda h: h * step // group // kv_step, outer=False)),
+            (step, _index(packing.row, packing.outer_block)),
+            (kv_step, _index(packing.row, packing.inner_block, lambda h: h * step // group // kv_step)),
         )
     )
-    sum_spec = pl.BlockSpec((None, step, 1, BLOCK), _index(lambda h: h, outer=True))
+    sum_spec = pl.BlockSpec((None, step, 1, BLOCK), _index(packing.row, packing.outer_block))
     return pl.pallas_call(
-        functools.partial(_forward_step, step=step, group=group),
+        functools.partial(_forward_step, packing=packing, step=step, group=group),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(heads // step, pairs[1]),
@@ -215,8 +253,10 @@ def _forward(interpret, query, key, value, tables, pairs):
     )(pairs[0], *tables, query, key, value)
 
 
-def _forward_step(pairs, first, last, code, query, key, value, out, logsum, maximum, total, weighted, *, step, group):
-    begins, ends = _ends(pairs, _BITS)
+def _forward_step(
+    pairs, first, last, code, query, key, value, out, logsum, maximum, total, weighted, *, packing, step, group
+):
+    begins, ends = _ends(pairs, packing.inner)
 
     @pl.when(begins)
     def _():
@@ -254,27 +294,14 @@ def _dot(a: jax.Array, b: jax.Array, contracted: tuple[int, int]) -> jax.Array:
     return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
 
 
-def _index(heads, *, outer: bool):
-    """Returns where in [B, heads, H, tokens] a step finds its block."""
-
-    def index(head, step, pairs):
-        row, *blocks = _unpacked(pairs[step])
-        return row, heads(head), 0, blocks[0 if outer else 1]
-
-    return index
+def _index(row, block, heads=lambda head: head):
+    """Returns where in [B, heads, H, tokens] a step finds its block, by functions of the pair and the grid's head."""
+    return lambda head, step, pairs: (row(pairs[step]), heads(head), 0, block(pairs[step]))
 
 
-def _row_specs(*, outer_is_query: bool) -> tuple[pl.BlockSpec, pl.BlockSpec]:
-    """Returns where a step finds the tables of its queries and of its keys, [B, 1, tokens]."""
-
-    def spec(outer):
-        def index(head, step, pairs):
-            row, *blocks = _unpacked(pairs[step])
-            return row, 0, blocks[0 if outer else 1]
-
-        return pl.BlockSpec((None, 1, BLOCK), index)
-
-    return spec(outer_is_query), spec(not outer_is_query)
+def _table_spec(row, block) -> pl.BlockSpec:
+    """Returns where in a table [B, 1, tokens] a step finds its block, by functions of the pair."""
+    return pl.BlockSpec((None, 1, BLOCK), lambda head, step, pairs: (row(pairs[step]), 0, block(pairs[step])))
 
 
 def _backward(interpret, query, key, value, gradient, logsum, weighted, tables, pairs):
@@ -287,18 +314,19 @@ def _backward(interpret, query, key, value, gradient, logsum, weighted, tables, 
     row_bytes = gradient_bytes(length, head_dim, query.dtype.itemsize)
     step = heads_a_step(heads, key.shape[1], row_bytes)
     kv_step = max(1, step // group)
-    of_query, of_key = _row_specs(outer_is_query=False)
-    q_index = _index(lambda h: h, outer=False)
+    packing = _Packing.of(key.shape[3] // BLOCK, length // BLOCK)
+    of_query, of_key = _table_spec(packing.row, packing.inner_block), _table_spec(packing.row, packing.outer_block)
+    q_index = _index(packing.row, packing.inner_block)
     q_spec, sum_spec = (pl.BlockSpec((None, step, size, BLOCK), q_index) for size in (head_dim, 1))
-    kv_index = _index(lambda h: h * step // group // kv_step, outer=True)
+    kv_index = _index(packing.row, packing.outer_block, lambda h: h * step // group // kv_step)
     kv_spec = pl.BlockSpec((None, kv_step, head_dim, BLOCK), kv_index)
-    row_spec = pl.BlockSpec((None, step, head_dim, length), lambda h, s, p: (_unpacked(p[s])[0], h, 0, 0))
+    row_spec = pl.BlockSpec((None, step, head_dim, length), lambda h, s, p: (packing.row(p[s]), h, 0, 0))
     # Where a step has only part of a group, its part of the gradients of keys and values is summed below.
     parts = heads // step * kv_step
-    part_spec = pl.BlockSpec((None, kv_step, head_dim, BLOCK), _index(lambda h: h, outer=True))
+    part_spec = pl.BlockSpec((None, kv_step, head_dim, BLOCK), _index(packing.row, packing.outer_block))
     part = jax.ShapeDtypeStruct((batch, parts, *key.shape[2:]), key.dtype if step >= group else jnp.float32)
     of_queries, of_keys, of_values = pl.pallas_call(
-        functools.partial(_backward_step, step=step, group=group),
+        functools.partial(_backward_step, packing=packing, step=step, group=group),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(heads // step, pairs[3]),
@@ -342,11 +370,12 @@ def _backward_step(
     key_sum,
     value_sum,
     *,
+    packing,
     step,
     group,
 ):
-    row_begins, row_ends = _ends(pairs, 2 * _BITS)
-    begins, ends = _ends(pairs, _BITS)
+    row_begins, row_ends = _ends(pairs, packing.outer + packing.inner)
+    begins, ends = _ends(pairs, packing.inner)
 
     @pl.when(row_begins)
     def _():
@@ -360,7 +389,7 @@ def _backward_step(
         value_sum[...] = jnp.zeros_like(value_sum)
 
     seen = _seen(first, last, code)
-    queries = _tokens(_unpacked(pairs[pl.program_id(1)])[2])
+    queries = _tokens(packing.inner_block(pairs[pl.program_id(1)]))
     for head in range(step):
         kv = head // group
         scores = _dot(key[kv], query[head], (0, 0))

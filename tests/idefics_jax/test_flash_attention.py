@@ -144,3 +144,15 @@ def test_the_kernel_is_compiled_for_each_tpu_and_sends_nothing(name):
         text = jax.jit(gradients).lower(x, x, x, ids).compile().as_text()
     assert text.count('custom_call_target="tpu_custom_call"') == 2
     assert not re.findall(r" (all-\w+|collective-\w+|reduce-scatter)\(", text)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_rows_that_cannot_be_listed_together_are_computed_in_turn(monkeypatch):
+    seen = images()
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(*seen.query_segments.shape, 2, 8)), jnp.float32)
+    together = flash_attention.flash_attention(x, x, x, seen, interpret=True)
+    monkeypatch.setattr(flash_attention, "MAX_PAIRS", 10)
+    np.testing.assert_allclose(flash_attention.flash_attention(x, x, x, seen, interpret=True), together, atol=1e-6)
+    monkeypatch.setattr(flash_attention, "MAX_PAIRS", 8)
+    with pytest.raises(ValueError, match="384 queries to 384 keys has more than 8 pairs of blocks of 128"):
+        flash_attention.flash_attention(x, x, x, seen, interpret=True)
