@@ -15,7 +15,8 @@ def write(path, scores, name="perplexity") -> str:
 
 def is_dropped(score: float, most: float) -> bool:
     try:
-        apply(Filters(document_max_perplexity=most), {"images": [], "texts": [], "perplexity": score}, "obelics")
+        page = {"images": [None], "texts": ["words"], "perplexity": score}
+        apply(Filters(document_max_perplexity=most), page, "obelics")
     except BadRow:
         return True
     return False
