@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipelines import folder_lock, manifest
+from data_pipelines import filters, folder_lock, manifest
 from data_pipelines.rejection import FILTERED, SMALLEST_SAMPLE
 from data_pipelines.units import ASIDE, Recipe, Report, Unit, finished, shards_of
 from idefics_jax import settings
@@ -67,9 +67,10 @@ class Preparation:
           keep_cut_short: whether inputs may break off, and what comes before stays.
 
         Raises:
-          UserError: too many rows are bad, or inputs break off.
+          UserError: too many rows are bad, no row gives a document, every image is missing, or inputs break off.
         """
         check_bad_fraction(reports, max_bad_fraction)
+        check_not_barren(reports, least=1)
         cut_short = self._cut_short(reports)
         if cut_short and not keep_cut_short:
             path, message = next(iter(cut_short.items()))
@@ -171,6 +172,24 @@ def check_bad_fraction(reports: Sequence[Report], limit: float) -> None:
         raise UserError(
             f"{count} of {seen} rows are bad ({reasons}), more than --max_bad_fraction {limit} allows; mend them, or "
             "give the same command with a larger one: it goes on after the last finished input"
+        )
+
+
+def check_not_barren(reports: Sequence[Report], *, least: int) -> None:
+    """Raises UserError if so many rows have been read without one document, or without one of the images they name.
+
+    What filters take and images that may be missing are no damage, but nothing but them is a mistake.
+    """
+    seen, documents = sum(report.seen for report in reports), sum(report.documents for report in reports)
+    if seen < least:
+        return
+    if not documents:
+        reasons = ", ".join(f"{reason} {told['documents']}" for reason, told in dropped_in(reports).items())
+        raise UserError(f"none of {seen} rows is a document ({reasons}); look at --image_root and --filters")
+    if not any(report.images for report in reports) and any(filters.MISSING in r.filtered_images for r in reports):
+        raise UserError(
+            f"not one of the images that {documents} documents name has been found; name the folder of the images, or "
+            "of their index, as --image_root"
         )
 
 

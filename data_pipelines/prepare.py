@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines import filters, image_files, manifest, parquet, prepare_beam, prepare_pool, readers, tfds_source
-from data_pipelines.preparation import Preparation, check_bad_fraction
+from data_pipelines.preparation import Preparation, check_bad_fraction, check_not_barren
 from data_pipelines.progress import Progress
+from data_pipelines.rejection import MOST_BARREN
 from data_pipelines.sources import KINDS
 from data_pipelines.units import Recipe, Report, finished, stamp_of
 from idefics_jax.errors import UserError
@@ -61,7 +62,7 @@ def prepare(
 
     Raises:
       UserError: the folder holds something else, an input cannot be read, more than `max_bad_fraction` of the rows
-        are bad, or inputs break off and `keep_cut_short` is not given.
+        are bad, none is a document, every image is missing, or inputs break off and `keep_cut_short` is not given.
     """
     with preparation.begun():
         reports = {unit.number: report for unit in preparation.units if (report := finished(unit))}
@@ -72,7 +73,9 @@ def prepare(
 
         def watch(begun: Mapping[int, Report], done: Sequence[int]) -> None:
             progress.show(begun, done)
-            check_bad_fraction([*reports.values(), *begun.values()], max_bad_fraction)
+            so_far = [*reports.values(), *begun.values()]
+            check_bad_fraction(so_far, max_bad_fraction)
+            check_not_barren(so_far, least=MOST_BARREN)
 
         if rest:
             made = prepare_pool.run(rest, processes, watch)
@@ -130,6 +133,8 @@ def _prepare(arguments: argparse.Namespace, beam: list[str] | None) -> dict[str,
     if arguments.captions and arguments.kind != "pairs":
         raise UserError(f"--captions are for kind 'pairs', not {arguments.kind!r}; leave them out")
     root = arguments.image_root
+    if root is not None and arguments.kind in ("pairs", "text"):
+        raise UserError(f"--image_root is not for kind {arguments.kind!r}, whose rows name no images; leave it out")
     recipe = Recipe(
         kind=arguments.kind,
         image_root=None if root is None else str(Path(root).absolute()),

@@ -9,6 +9,9 @@ from idefics_jax.errors import UserError
 # The share of rejected documents is judged as if at least this many had been seen, so that one early bad document
 # does not look like a hundred per cent.
 SMALLEST_SAMPLE = 1000
+# After so many rows without a document, one after another, there are taken to be none: what filters take is no damage,
+# and the search would not end.
+MOST_BARREN = 10_000
 # How reasons begin that are no damage: the config's own choice (filters.py), a download known to have failed, or images
 # that cutting leaves out (cutting.py).
 FILTERED = "filter:"

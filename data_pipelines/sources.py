@@ -31,7 +31,7 @@ from data_pipelines.cache import Cache
 from data_pipelines.filters import Filters
 from data_pipelines.image_files import check_root
 from data_pipelines.order import EpochOrder
-from data_pipelines.rejection import BadRow, Rejected
+from data_pipelines.rejection import MOST_BARREN, BadRow, Rejected
 from idefics_jax.documents import Document
 from idefics_jax.errors import UserError
 
@@ -43,9 +43,8 @@ CONVERSATIONS = ("cauldron", "text")
 Rows = parquet.ParquetRows | records.RecordRows | tfds_source.TfdsRows
 # What the names of files end in that preparation reads and training cannot.
 SEQUENTIAL = (".tar", ".jsonl", ".jsonl.gz")
-# After so many rows without a document, one after another, or so many epochs of a small source, it is taken to have
-# none: what filters take is no damage, and the search would not end.
-_BARREN_ROWS, _BARREN_EPOCHS = 10_000, 10
+# Epochs without a document after which a source of less than MOST_BARREN rows is taken to have none.
+_BARREN_EPOCHS = 10
 
 # What a column of a prepared shard holds (training_form.py), as parquet would.
 _STORED_AS = {"bytes": pa.binary(), "text": pa.string(), "number": pa.float64()}
@@ -195,7 +194,7 @@ class DocumentSource:
                 return
             self._barren[pieces[0].reason] += 1
             count = self._barren.total()
-            if count < min(_BARREN_ROWS, _BARREN_EPOCHS * int(self.group_rows.sum())):
+            if count < min(MOST_BARREN, _BARREN_EPOCHS * int(self.group_rows.sum())):
                 return
             reasons = ", ".join(f"{reason} {count}" for reason, count in self._barren.most_common())
         raise UserError(

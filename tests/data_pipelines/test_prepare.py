@@ -155,22 +155,24 @@ def test_what_changed_or_went_is_prepared_again_and_nothing_else(tmp_path):
 
 def test_images_that_come_later_are_taken_by_the_same_command(tmp_path):
     (tmp_path / "images").mkdir()
-    inputs = [write(tmp_path / "a.parquet", [{"images": ["a.png", None], "texts": [None, "words"]}], "obelics")]
+    (tmp_path / "images" / "a.png").write_bytes(png(28, 28))
+    row = {"images": ["a.png", "b.png", None], "texts": [None, None, "words"]}
+    inputs = [write(tmp_path / "a.parquet", [row], "obelics")]
     chosen = {"kind": "obelics", "filters": Filters(document_max_missing_images=1.0)}
 
     def images(root: Path) -> int:
         return here(opened(inputs, tmp_path / f"of_{root.name}", image_root=str(root), **chosen))["images"]
 
-    assert images(tmp_path / "images") == 0
-    (tmp_path / "images" / "a.png").write_bytes(png(28, 28))
     assert images(tmp_path / "images") == 1
+    (tmp_path / "images" / "b.png").write_bytes(png(28, 28))
+    assert images(tmp_path / "images") == 2
     index = tmp_path / "index"
-    for name, found in (("other.png", 0), ("a.png", 1)):
-        path = write_webdataset(tmp_path / f"{name}.tar", [(name, png(28, 28))])
+    for names in (["a.png"], ["a.png", "b.png"]):
+        path = write_webdataset(tmp_path / f"{len(names)}.tar", [(name, png(28, 28)) for name in names])
         shutil.rmtree(index, ignore_errors=True)
         image_index.build([path], str(index), sha256="stored", processes=1)
         image_store.opened.cache_clear()  # another process would open it anew
-        assert images(index) == found
+        assert images(index) == len(names)
 
 
 def test_shards_beyond_those_of_a_changed_input_go(tmp_path):
@@ -437,7 +439,7 @@ def test_progress_tells_rates_what_was_dropped_and_the_time_left():
         (("--input", "{folder}/pages.parquet"), "set kind to 'obelics'"),
         (("--input", "{folder}/torn.parquet"), "is not a readable parquet file"),
         (("--input", "{folder}/a.parquet", "--filters", "min_side=3"), "there is no filter 'min_side'"),
-        (("--input", "{folder}/a.parquet", "--image_root", "{folder}/gone"), "gone', which is no folder"),
+        (("--input", "{folder}/a.parquet", "--image_root", "{folder}/gone"), "is not for kind 'pairs'"),
         (("--input", "{folder}/a.parquet", "--captions", "made"), "a.parquet has no column made of texts, which"),
         (("--input", "{folder}/a.parquet", "--processes", "0"), "--processes is 0; it must be at least 1"),
         (("--input", "{folder}/a.parquet", "--max_bad_fraction", "2"), "--max_bad_fraction is 2.0"),
@@ -472,3 +474,31 @@ def test_a_full_disk_is_said_in_a_sentence_and_mended_by_the_same_command(tmp_pa
     assert "Traceback" not in stopped.stderr
     subprocess.run(arguments, cwd=ROOT, capture_output=True, check=True)
     assert json.loads((out / manifest.MANIFEST).read_bytes())["documents"] == 40
+
+
+def test_a_folder_of_images_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"--image_root is '.*/nowhere', which is no folder"):
+        opened(several(tmp_path, files=1, rows=5), tmp_path / "out", image_root=str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"document_max_missing_images": 1.0}, "not one of the images that 5 documents name has been found"),
+        ({"document_max_missing_images": 1.0, "document_min_images": 1}, r"none of 5 rows .*document_min_images 5"),
+        ({"document_max_missing_images": 0.5}, r"none of 5 rows .*document_max_missing_images 5"),
+    ],
+)
+def test_a_folder_with_none_of_the_images_is_refused(tmp_path, chosen, message):
+    (tmp_path / "empty").mkdir()
+    rows = [{"images": [f"{i}.png", None], "texts": [None, f"text {i}"]} for i in range(5)]
+    inputs = [write(tmp_path / "pages.parquet", rows, "obelics")]
+    preparation = opened(
+        inputs, tmp_path / "out", kind="obelics", image_root=str(tmp_path / "empty"), filters=Filters(**chosen)
+    )
+    with pytest.raises(UserError, match=message):
+        here(preparation)
+    assert not (tmp_path / "out" / manifest.MANIFEST).exists()
+    for i in range(5):
+        (tmp_path / "empty" / f"{i}.png").write_bytes(png(28, 28))
+    assert here(preparation)["images"] == 5
