@@ -3,8 +3,8 @@
     python -m idefics_jax.train --config configs/digits.py --workdir work/digits
     python -m idefics_jax.train --config configs/digits.py:lora --workdir work/lora --config.steps=500
 
-The same command goes on with a run that was stopped. SIGTERM or Ctrl-C saves first, and ends with status 0, or with what
-the variable IDEFICS_STOPPED_STATUS says.
+The same command goes on with a run that was stopped. SIGTERM or Ctrl-C saves first, and ends with status 0, or with
+what the variable IDEFICS_STOPPED_STATUS says.
 
     python -m idefics_jax.train --config configs/idefics2_8b/stage1.py --plan
 

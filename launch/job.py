@@ -15,8 +15,9 @@ MOUNT = "/bucket"
 # A run that a signal stopped has saved and must be started again; one that a person must look at must not.
 STOPPED_STATUS = 75
 GIVE_UP_STATUS = commands.USAGE_ERROR
-# Set on every machine; a job's own `environment` comes after it.
-ENVIRONMENT = {commands.STOPPED_STATUS: str(STOPPED_STATUS), "PYTHONUNBUFFERED": "1"}
+# Set on every machine; a job's own `environment` comes after it. A machine whose TPU is not found must not train on its
+# processor.
+ENVIRONMENT = {commands.STOPPED_STATUS: str(STOPPED_STATUS), "JAX_PLATFORMS": "tpu,cpu", "PYTHONUNBUFFERED": "1"}
 # Google's names are labels of RFC 1035.
 _LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 _LONGEST_NAME = 40  # Kubernetes adds up to 23 more for a pod's

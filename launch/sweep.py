@@ -24,7 +24,7 @@ from pathlib import Path
 from absl import flags
 from etils import epath
 
-from idefics_jax import commands
+from idefics_jax import buckets, commands
 from idefics_jax.errors import UserError
 from idefics_jax.training.summary import SUMMARY_FILE
 from launch import gke, sweep_runs, tpu_vm
@@ -115,7 +115,9 @@ def main() -> None:
     sweep = sweep_runs.read(_CONFIG.value, _WORKDIR.value)
     numbers = sweep.chosen(_RUNS.value)
     failed: list[int] = []
-    if not _REPORT.value:
+    if _REPORT.value:
+        buckets.check(sweep.workdir)
+    else:
         sweep.check(numbers)
         if _BACKEND.value != "local":
             start_elsewhere(sweep, numbers, _BACKEND.value)

@@ -1,19 +1,15 @@
 """What is asked of Google's queue is what gcloud takes, and the startup script runs the command until it is done."""
 
-import json
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from launch.job import Job
 from launch.slices import SLICES, find
 from launch.tpu_vm import startup_script
-
-# What each command of gcloud 528.0.0 takes, by its own --help.
-FLAGS = json.loads(Path(__file__).with_name("gcloud_flags.json").read_text())
+from tests.launch.gcloud import unknown_flags
 
 
 def tpu_vm(*arguments, **environment):
@@ -25,14 +21,6 @@ def tpu_vm(*arguments, **environment):
         check=False,
         env={"PATH": "", **environment},
     )
-
-
-def unknown_flags(words):
-    """Returns the flags of a gcloud command that gcloud has not."""
-    assert words[0] == "gcloud"
-    name = max((name for name in FLAGS if words[1:][: len(name.split())] == name.split()), key=len)
-    given = [word.split("=")[0] for word in words if word.startswith("--")]
-    return [flag for flag in given if flag not in FLAGS[name]]
 
 
 @pytest.mark.parametrize("name", ["v4-128", "2xv5e-256", "v5p-512"])
