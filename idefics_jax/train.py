@@ -18,9 +18,7 @@ from idefics_jax import buckets, commands, processes
 from idefics_jax.errors import UserError
 
 _CONFIG = commands.define_config(None, "what to train, configs/NAME.py[:argument]")
-_WORKDIR = commands.define_folder(
-    "workdir", None, "folder of the run, or gs://BUCKET/FOLDER: checkpoints and model"
-)
+_WORKDIR = commands.define_folder("workdir", None, "folder of the run, or gs://BUCKET/FOLDER: checkpoints and model")
 _PLAN = flags.DEFINE_boolean("plan", False, "print what would train, from shapes alone, and stop")
 
 
