@@ -2,19 +2,23 @@
 
 Sizes are drawn from the mixes of benchmarks/mixes.py: web pages for OBELICS, COCO-like pairs, scanned pages for OCR.
 A conversation about an image has the size of a pair's image and the turns and answers that are Table 14's means over
-all its sets; one of text alone has the mean tokens of the nine text sets. Documents that no row holds are cut as
-data_pipelines.cutting cuts them: web pages between parts, scanned text between lines with its image repeated.
+all its sets; one of text alone has the mean tokens of the nine text sets. Documents that no row holds are cut by the
+code that cuts them in training: a web page or a scanned page is a row of its kind, of words that take a token each.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from benchmarks.mixes import MIXES, Grids, grids_of
 from configs.idefics2_8b import instruct, stage1, stage2
+from data_pipelines import cutting, obelics, pages
 from data_pipelines.packing import Sizes, misfit
+from data_pipelines.rejection import Rejected
 from idefics_jax.batch import BatchShape
 from idefics_jax.images import ImageRules
 
@@ -22,7 +26,8 @@ from idefics_jax.images import ImageRules
 Measured = tuple[int, Grids]
 
 CONFIGS = {"stage1": stage1, "stage2": stage2, "instruct": instruct}
-PARAGRAPH = 60  # tokens of text between two places where a page may be cut
+WORD = "the "  # a token: as many characters as one of English has on average
+PARAGRAPH = 60  # tokens
 # Of Table 14: answer tokens of the sets with images over their questions, as often as they are seen; tokens a text
 # conversation. A question is taken to be as long as a short one, and User:, Assistant: and the ends of utterances.
 ANSWER, QUESTION, TURNS, MOST_TURNS, TEXT_ALONE = 8, 29, 2.6, 7, 108
@@ -74,36 +79,52 @@ def _tokens(text: int, images: list[Grids]) -> int:
     return 2 + text + sum(65 * len(own) + 1 for own in images)
 
 
-def _page(text: int, images: list[Grids], shape: BatchShape) -> Iterator[Measured]:
-    """A web page: paragraphs with its images spread among them, cut where a row is full."""
-    paragraphs = [PARAGRAPH] * (text // PARAGRAPH) + [text % PARAGRAPH]
-    parts: list[Any] = list(paragraphs)
-    for i, image in enumerate(images):
-        parts.insert(round(i * len(paragraphs) / len(images)) + i, image)
-    piece: list[Any] = []
-    for part in parts:
-        if piece and misfit(_sizes([*piece, part]), shape):
-            yield _measured(piece)
-            piece = []
-        piece.append(part)
-    yield _measured(piece)
+def _page(text: int, images: list[Grids]) -> dict[str, list]:
+    """A web page: paragraphs with its images spread among them, in place of whose bytes are their grids."""
+    paragraphs = [PARAGRAPH] * (text // PARAGRAPH) + [text % PARAGRAPH] * bool(text % PARAGRAPH)
+    before = [round(i * len(paragraphs) / len(images)) for i in range(len(images))]
+    shown, texts = [], []
+    for i, (first, end) in enumerate(zip([0, *before], [*before, len(paragraphs)], strict=True)):
+        if first < end:
+            shown.append(None)
+            texts.append("\n".join(WORD * paragraph for paragraph in paragraphs[first:end]))
+        if i < len(images):
+            shown.append(images[i])
+            texts.append(None)
+    return {"images": shown, "texts": texts}
 
 
-def _measured(parts: list[Any]) -> Measured:
-    images = [part for part in parts if isinstance(part, list)]
-    return _tokens(sum(part for part in parts if isinstance(part, int)), images), [g for own in images for g in own]
+def _scan(text: int, images: list[Grids]) -> dict[str, list]:
+    """A scanned page, in lines of ten words."""
+    lines = [WORD * 10] * (text // 10) + [WORD * (text % 10)] * bool(text % 10)
+    return {"images": images, "texts": ["\n".join(lines)]}
 
 
-def _sizes(parts: list[Any]) -> Sizes:
-    tokens, grids = _measured(parts)
-    return Sizes(tokens, tuple(rows * columns for rows, columns in grids))
+def _pieces(
+    kind: ModuleType, write: Callable[[int, list[Grids]], dict], text: int, images: list[Grids], shape: BatchShape
+) -> Iterator[Measured]:
+    """Cuts a document as training does, and leaves out what that leaves out; a piece that is too large stays so."""
+    whole = write(text, images)
+
+    def make(first: int, end: int) -> Measured | Rejected:
+        piece = kind.piece(whole, first, end)
+        tokens, grids = _measured(piece)
+        fault = misfit(Sizes(tokens, tuple(rows * columns for rows, columns in grids)), shape)
+        if fault is None and not any(piece["texts"]):
+            fault = "nothing-trained", "it has images alone"
+        return (tokens, grids) if fault is None else Rejected("", *fault)
+
+    for piece in cutting.cut(kind.units(whole), make):
+        if cutting.is_too_large(piece):
+            yield _measured(whole)
+        elif not isinstance(piece, Rejected):
+            yield piece
 
 
-def _scan(text: int, images: list[Grids], shape: BatchShape) -> Iterator[Measured]:
-    """A scanned page: as many pieces as its text needs, each with the image."""
-    room = shape.tokens - _tokens(0, images)
-    for begin in range(0, text, room):
-        yield from _whole(min(room, text - begin), images, shape)
+def _measured(row: dict[str, list]) -> Measured:
+    images = [image for image in row["images"] if image is not None]
+    words = sum(len(text.split()) for text in row["texts"] if text is not None)
+    return _tokens(words, images), [grid for own in images for grid in own]
 
 
 def _conversation(rng: np.random.Generator) -> tuple[int, list[tuple[int, int]]]:
@@ -124,4 +145,10 @@ DRAW: dict[str, Callable] = {
     "cauldron": _conversation,
     "text": _chat,
 }
-CUT: dict[str, Callable] = {"obelics": _page, "pairs": _whole, "pdf": _scan, "cauldron": _whole, "text": _whole}
+CUT: dict[str, Callable] = {
+    "obelics": functools.partial(_pieces, obelics, _page),
+    "pairs": _whole,
+    "pdf": functools.partial(_pieces, pages, _scan),
+    "cauldron": _whole,
+    "text": _whole,
+}

@@ -45,6 +45,23 @@ def test_pieces_of_a_page_hold_all_of_it():
     assert all(tokens <= 2048 for tokens, _ in pieces)
 
 
+def test_a_scanned_page_is_cut_between_lines_and_each_piece_has_its_image():
+    shape = BatchShape(rows=1, tokens=2048, vision_rows=1, patches=4900, images=8)
+    pieces = list(stage_mixes.CUT["pdf"](4995, [[(70, 52)]], shape))
+    assert [(tokens - 2 - 66, grids) for tokens, grids in pieces] == [
+        (1980, [(70, 52)]),
+        (1980, [(70, 52)]),
+        (1035, [(70, 52)]),
+    ]
+
+
+def test_a_page_of_images_that_no_row_holds_leaves_out_those_far_from_text():
+    shape = BatchShape(rows=1, tokens=2048, vision_rows=4, patches=4900, images=8)
+    pieces = list(stage_mixes.CUT["obelics"](50, [[(27, 27)]] * 20, shape))
+    assert sum(len(grids) for _, grids in pieces) < 20
+    assert sum(tokens - 2 - 66 * len(grids) for tokens, grids in pieces) == 50
+
+
 def test_shares_are_counted_exactly_where_they_are_known():
     shape = BatchShape(rows=1, tokens=40, vision_rows=1, patches=30, images=4)
     stream = itertools.cycle([(10, [(2, 3)]), (50, [(1, 1)])])
