@@ -26,7 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from idefics_jax import flash_attention
 from idefics_jax.visibility import Visibility
-from launch import aot
+from launch import program
 
 KERNELS = ("forward", "backward")
 
@@ -90,7 +90,7 @@ def _read(folder: Path, name: str, heads: int) -> Cycles:
 def main() -> None:
     slice_name, *numbers = sys.argv[1:]
     shape = Shape(*map(int, numbers))
-    mesh = Mesh(aot.slice_devices(slice_name)[:1], ("x",))
+    mesh = Mesh(program.slice_devices(slice_name)[:1], ("x",))
     whole = NamedSharding(mesh, PartitionSpec())
 
     def array(*sizes, dtype=jnp.bfloat16):

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from idefics_jax import flash_attention, sharding
 from idefics_jax.attention import attend
+from idefics_jax.stack import REMAT_POLICIES
 from idefics_jax.visibility import Visibility
-from launch import aot
+from launch import program
 from tests.idefics_jax import reference
 
 
@@ -125,7 +126,7 @@ def test_the_blocks_computed_are_those_that_hold_a_visible_pair(make):
 @pytest.mark.parametrize("name", ["v5e-8", "v4-8", "v5p-8"])
 def test_the_kernel_is_compiled_for_each_tpu_and_sends_nothing(name):
     """Head dim 72, rows over `data` and heads over `tensor`."""
-    rules, devices = sharding.RULES["fsdp_tensor"], aot.slice_devices(name)
+    rules, devices = sharding.RULES["fsdp_tensor"], program.slice_devices(name)
     names = ("act_batch", None, "vision_heads", None)
 
     def gradients(q, k, v, segments):
@@ -156,3 +157,24 @@ def test_rows_that_cannot_be_listed_together_are_computed_in_turn(monkeypatch):
     monkeypatch.setattr(flash_attention, "MAX_PAIRS", 8)
     with pytest.raises(ValueError, match="384 queries to 384 keys has more than 8 pairs of blocks of 128"):
         flash_attention.flash_attention(x, x, x, seen, interpret=True)
+
+
+@pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
+def test_the_forward_kernel_runs_once_where_a_policy_keeps_its_result():
+    mesh = sharding.make_mesh({}, program.slice_devices("v5e-8")[:1])
+    x, segments = (
+        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+        for shape, dtype in (((1, 256, 2, 8), jnp.bfloat16), ((1, 256), jnp.int32))
+    )
+
+    def kernels(remat):
+        def attention(x, segments):
+            # Without the sine the result of the checkpoint would itself be kept.
+            return jnp.sin(attend(x, x, x, Visibility(segments, segments)).astype(jnp.float32))
+
+        kept = jax.checkpoint(attention, policy=REMAT_POLICIES[remat])
+        with sharding.use_mesh(mesh, sharding.RULES["data"]):
+            gradient = jax.jit(jax.grad(lambda x, segments: jnp.sum(kept(x, segments) ** 2)))
+            return gradient.lower(x, segments).compile().as_text().count('custom_call_target="tpu_custom_call"')
+
+    assert (kernels("full"), kernels("linear"), kernels("attention")) == (3, 2, 2)
