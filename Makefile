@@ -12,7 +12,7 @@ export JAX_PLATFORMS ?= cpu
 
 # mistral-common carries the real Mistral v0.1 tokenizer file; only that file is
 # wanted, and its dependencies would move numpy, so it comes without them.
-.venv/test: requirements-test.txt .venv/runtime
+.venv/test: requirements-test.txt requirements-tpu.txt .venv/runtime
 	.venv/bin/pip install --quiet -r requirements-test.txt
 	.venv/bin/pip install --quiet --no-deps mistral-common==1.0.0
 	touch $@
