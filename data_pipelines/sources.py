@@ -87,6 +87,11 @@ class SourceConfig:
             raise UserError(f"{where}: kind is {self.kind!r}; it must be one of {', '.join(KINDS)}")
         if not self.paths:
             raise UserError(f"{where}: paths is empty; name its parquet files")
+        if self.image_root is not None and "://" in self.image_root:
+            raise UserError(
+                f"{where}: image_root is {self.image_root!r}; images are read from a disk: mount the bucket (gcsfuse), "
+                "or copy it"
+            )
         if not 0 < self.weight < float("inf"):
             raise UserError(f"{where}: weight is {self.weight!r}; it must be a positive number")
         of_turns = ", ".join(self.augmentation.of_turns_alone)

@@ -16,7 +16,7 @@ from absl import logging
 from etils import epath
 
 from idefics_jax import tokenizer_json
-from idefics_jax.buckets import write_whole
+from idefics_jax.buckets import check, write_whole
 from idefics_jax.chat import CHAT_TEMPLATE
 from idefics_jax.config import Idefics2Config
 from idefics_jax.errors import UserError
@@ -47,6 +47,7 @@ def read(folder: epath.PathLike) -> tuple[Tokenizer, ImageRules, int]:
     Raises:
       UserError: a file is missing or damaged, or holds a value that is not supported.
     """
+    check(folder)
     folder = epath.Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; give one that holds an Idefics2 processor")

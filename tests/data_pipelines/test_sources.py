@@ -76,6 +76,10 @@ def test_files_without_rows_are_refused(tmp_path):
     [
         ({"kind": "webdataset"}, "must be one of cauldron, obelics, pairs"),
         ({"paths": ()}, "paths is empty"),
+        (
+            {"image_root": "gs://b/images"},
+            "image_root is 'gs://b/images'; images are read from a disk: mount the bucket",
+        ),
         ({"weight": 0.0}, "weight is 0.0"),
         ({"weight": float("nan")}, "weight is nan"),
         ({"weight": -1.0}, "weight is -1.0"),

@@ -28,6 +28,8 @@ def test_without_gcsfs_a_bucket_is_a_sentence(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="gs://bucket/run needs gcsfs.* install requirements-tpu.txt"):
         idefics_jax.load("gs://bucket/run")
+    with pytest.raises(UserError, match="gs://bucket/run needs gcsfs"):
+        idefics_jax.Processor.load("gs://bucket/run")
 
 
 def test_what_is_read_from_a_disk_alone_says_so():
