@@ -9,13 +9,14 @@ aside as `<step>.damaged`, never deleted.
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
 import jax
 import orbax.checkpoint as ocp
-from absl import logging
+from absl import logging as absl_logging
 from etils import epath
 
 from idefics_jax import full_disk, processes
@@ -39,6 +40,16 @@ class _Kept(ocp.checkpoint_managers.PreservationPolicy):
         return [step in (*steps[-self.newest :], *before[-1:]) for step in steps]
 
 
+class _Stopping(logging.Filter):
+    """Drops what Orbax says, several times in every process, of a stop that the loop has agreed on and tells of."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "Reached preemption sync point" not in record.getMessage()
+
+
+_STOPPING = _Stopping()
+
+
 class Checkpoints:
     """The checkpoints under `workdir`, and the frozen parameters beside them."""
 
@@ -48,6 +59,7 @@ class Checkpoints:
         self._frozen: dict[str, int] = {}  # their fingerprint
         self._kept = _Kept(keep)
         full_disk.say_once()
+        absl_logging.get_absl_logger().addFilter(_STOPPING)
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -114,7 +126,7 @@ class Checkpoints:
             except UserError:  # the checkpoint is whole, what it belongs to has changed
                 raise
             except Exception as error:  # damage shows as nearly any exception of Orbax or tensorstore
-                logging.warning("checkpoint %d is damaged: %s", step, str(error).splitlines()[0])
+                absl_logging.warning("checkpoint %d is damaged: %s", step, str(error).splitlines()[0])
                 self._set_aside(step)
             else:
                 return restored
