@@ -67,27 +67,26 @@ def member(group, index):
 
 @pytest.fixture(scope="module")
 def values(tmp_path_factory):
-    """A run of four steps on 8 rows, each a virtual shard of its own."""
+    """A run of three steps on 4 rows, each a virtual shard of its own."""
     folder = tmp_path_factory.mktemp("data") / "digits"
     small_run.build_data(folder)
     values = small_run.settings(folder)
-    values["data"]["shape"]["rows"] = values["data"]["virtual_shards"] = 8
+    values["data"]["shape"]["rows"] = values["data"]["virtual_shards"] = 4
     for part in ("vision_config", "text_config"):
         values["model"][part]["num_hidden_layers"] = 1
-    values |= {"steps": 4, "log_every": 1, "mesh": {"data": -1, "fsdp": 1, "tensor": 1}, "sharding": "fsdp_tensor"}
+    values |= {"steps": 3, "log_every": 1, "mesh": {"data": -1, "fsdp": 1, "tensor": 1}, "sharding": "fsdp_tensor"}
     return values
 
 
 def test_stopped_on_one_mesh_and_ended_on_another_a_run_is_that_of_one_device(values, tmp_path):
-    """Stopped on 2 x 4 devices by a signal to one process, ended on 2 x 1 that both hold all rows: but for rounding
+    """Stopped on 2 x 2 devices by a signal to one process, ended on 2 x 1 that both hold all rows: but for rounding
     nothing changes."""
     workdir, alone = epath.Path(tmp_path / "run"), epath.Path(tmp_path / "alone")
     train(TrainConfig.from_config_dict(values), values, alone)
     command = ["python", "-m", "idefics_jax.train", "--config", str(small_run.config_file(values, tmp_path))]
     command += ["--workdir", str(workdir)]
-    two_by_four = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
-    with launched(*command, *two_by_four, count=2, devices=4) as group:
-        until(group.stdout, "new run")
+    with launched(*command, "--config.mesh.fsdp=2", "--config.mesh.tensor=2", count=2, devices=2) as group:
+        until(group.stdout, "of them trainable")
         os.kill(member(group, 1), signal.SIGTERM)
         assert re.search(r"^\[0\] stopped and saved", group.stdout.read(), re.M)
     assert group.returncode == 0
@@ -106,6 +105,15 @@ def test_stopped_on_one_mesh_and_ended_on_another_a_run_is_that_of_one_device(va
     trained, wanted = (paths.flatten(load_model(folder / "model")[0]) for folder in (workdir, alone))
     for path, leaf in wanted.items():
         np.testing.assert_allclose(trained[path], leaf, atol=1e-5, err_msg=path)
+
+
+def test_processes_that_do_not_share_the_work_directory_are_told_so(values, tmp_path):
+    """Each machine of a pod has a disk of its own."""
+    file, own = small_run.config_file(values, tmp_path), f"{tmp_path}/${processes.INDEX}"
+    command = f"exec {sys.executable} -m idefics_jax.train --config={file} --workdir={own}"
+    status, said = finished("sh", "-c", command, count=2, devices=1)
+    assert status == 2
+    assert "of process 1 is not that of process 0; give a folder that all machines share" in said
 
 
 def test_a_checkpoint_of_four_processes_is_restored_by_two_and_by_one_to_the_bit(tmp_path):
@@ -140,7 +148,11 @@ def test_without_the_launcher_a_frozen_process_ends_the_others_by_heartbeats():
     frozen, other = (
         subprocess.Popen(
             [sys.executable, *MEMBER[1:], "beat"],
-            env={**os.environ, **environment(address, count=2, index=index, devices=1)},
+            env={
+                **os.environ,
+                **environment(address, count=2, index=index, devices=1),
+                processes.HEARTBEAT: "5",  # of 10: the limit leaves room for a busy machine
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
