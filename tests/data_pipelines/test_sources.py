@@ -78,7 +78,7 @@ def test_files_without_rows_are_refused(tmp_path):
         ({"paths": ()}, "paths is empty"),
         (
             {"image_root": "gs://b/images"},
-            "image_root is 'gs://b/images'; images are read from a disk: mount the bucket",
+            "image_root is .gs://b/images.; images are read from a disk",
         ),
         ({"weight": 0.0}, "weight is 0.0"),
         ({"weight": float("nan")}, "weight is nan"),
