@@ -36,6 +36,7 @@ def startup_script(job: Job) -> str:
         "#!/bin/bash",
         f"# {job.name}: runs on every machine of {job.slices.name}, at each of its starts.",
         "set -u",
+        "export HOME=/root DEBIAN_FRONTEND=noninteractive  # a startup script has neither",
     ]
     if job.bucket:
         lines += _MOUNTING.format(bucket=job.bucket, mount=MOUNT).splitlines()
@@ -51,7 +52,7 @@ if ! command -v gcsfuse; then
   source="https://packages.cloud.google.com/apt gcsfuse-$(lsb_release -c -s) main"
   curl -fsSL https://packages.cloud.google.com/apt/doc/apt-key.gpg -o $key
   echo "deb [signed-by=$key] $source" > /etc/apt/sources.list.d/gcsfuse.list
-  apt-get update && apt-get install -y gcsfuse
+  apt-get update && apt-get -o DPkg::Lock::Timeout=300 install -y gcsfuse
 fi
 mkdir -p {mount}
 mountpoint -q {mount} || gcsfuse --implicit-dirs -o ro {bucket} {mount} || exit 1"""
