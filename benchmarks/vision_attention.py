@@ -1,6 +1,6 @@
 """What the attention kernel computes beside what is needed, on each stage's mix, and the time that it takes.
 
-    python -m benchmarks.vision_attention [--rows 30] [--json FILE]
+    python -m benchmarks.vision_attention [--json FILE]
 
 Each stage's own mixture (stage_mixes.py) is packed as training packs it. The first table counts pairs of a query and a
 key, over those that see each other: all of a row, as attention without skipping computes them; those that splash
@@ -15,24 +15,19 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 
 from benchmarks import kernel_schedule, report, stage_mixes
-from data_pipelines.packing import Pool, Sizes, misfit, pack_row
 from idefics_jax import commands
-from idefics_jax.batch import BatchShape
 from idefics_jax.flash_attention import BLOCK, active_blocks
 from idefics_jax.visibility import Visibility
-
-_ROWS = flags.DEFINE_integer("rows", 30, "rows to pack of each stage", lower_bound=1)
+from launch.chips import CHIPS
+from launch.workload import Rows, packed_rows
 
 LATENTS = 64
 WINDOW = 4096
 # Of the released model: query heads, key heads, numbers a head.
 VISION, RESAMPLER, TEXT = (16, 16, 72), (16, 4, 96), (32, 8, 128)
-# Slice: cores that share a chip's heads, multiply-adds a cycle of a core in its four matrix units, and the cycles a
-# second that with them make the 275, 197 and 459 TFLOP/s published.
-CHIPS = {"v4-8": (2, 65536, 1.05e9), "v5e-8": (1, 65536, 1.5e9), "v5p-8": (2, 65536, 1.75e9)}
+SLICES = {"v4": "v4-8", "v5e": "v5e-8", "v5p": "v5p-8"}
 PRODUCTS = {"forward": 2, "backward": 5}
 
 
@@ -46,44 +41,20 @@ class Pairs:
     blocks: float
 
 
-def packed(name: str, rows: int) -> tuple[dict[str, np.ndarray], BatchShape]:
-    """Packs rows of a stage by sizes alone: what a batch says of them, without tokens and patches."""
-    stream, shape, lookahead, rounds = stage_mixes.stage(name)
-    pool, turn, placed, kept = Pool(), 0, 0, 0
-    segments, positions = np.zeros((2, rows, shape.tokens), np.int32)
-    images = np.zeros((rows, shape.vision_rows, shape.patches), np.int32)
-    while kept < rows:
-        while len(pool) < lookahead:
-            tokens, grids = next(stream)
-            sizes = Sizes(tokens, tuple(down * across for down, across in grids))
-            if misfit(sizes, shape) is None:
-                pool.add(sizes, sizes)
-        turn += 1
-        placements = pack_row(pool, shape, rounds=rounds, rng=np.random.default_rng((0, turn)))
-        placed += len(placements)
-        if placed < lookahead:  # what the pool prefers to keep waiting must be among them
-            continue
-        begin, number = 0, 0
-        for segment, placement in enumerate(placements, 1):
-            end = begin + placement.item.tokens
-            segments[kept, begin:end], positions[kept, begin:end] = segment, np.arange(end - begin)
-            for patches, (row, first) in zip(placement.item.images, placement.vision_slots, strict=True):
-                number += 1
-                images[kept, row, first : first + patches] = number
-            begin = end
-        kept += 1
-    return {"segment_ids": segments, "positions": positions, "patch_image_ids": images}, shape
+def pairs(rows: Rows, most_images: int) -> dict[str, Pairs]:
+    """Counts the pairs of the vision tower, the resampler and the decoder in packed rows, on the mean of a row.
 
-
-def pairs(rows: dict[str, np.ndarray], shape: BatchShape) -> dict[str, Pairs]:
-    """Counts the pairs of the vision tower, the resampler and the decoder in packed rows, on the mean of a row."""
-    segments, positions, images = (rows[name] for name in ("segment_ids", "positions", "patch_image_ids"))
+    Args:
+      rows: what belongs together in them.
+      most_images: that a row has room for.
+    """
+    segments, positions, images = rows.segment_ids, rows.positions, rows.patch_image_ids
     count = len(segments)
     sizes = [np.bincount(ids.ravel())[1:].astype(float) for ids in images]
-    owners = np.repeat(np.arange(1, shape.images + 1, dtype=np.int32), LATENTS)
+    owners = np.repeat(np.arange(1, most_images + 1, dtype=np.int32), LATENTS)
     owners = np.where(owners <= [[len(own)] for own in sizes], owners, 0)
     keys = np.concatenate([images.reshape(count, -1), owners], axis=1)
-    vision = images.reshape(-1, shape.patches)
+    vision = images.reshape(-1, images.shape[-1])
     seen = {
         "vision tower": Visibility(vision, vision),
         "resampler": Visibility(owners, keys),
@@ -107,10 +78,10 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     numbers: dict[str, float] = {}
     counts, table, longest = {}, [], 0
-    for stage in stage_mixes.CONFIGS:
-        rows, shape = packed(stage, _ROWS.value)
-        longest = max(longest, shape.patches)
-        for part, of in pairs(rows, shape).items():
+    for stage, module in stage_mixes.CONFIGS.items():
+        config = module.get_config()
+        longest = max(longest, config.data.shape.patches)
+        for part, of in pairs(packed_rows(config), config.data.shape.images).items():
             counts[stage, part] = of
             table.append(
                 [f"{stage}, {part}", of.needed / 1e6, *(x / of.needed for x in (of.all, of.static, of.blocks))]
@@ -119,17 +90,18 @@ def main() -> None:
     report.print_table(["", "Mpairs needed a row", "all", "static mask", f"blocks of {BLOCK}"], table)
     print()
     table = []
-    for chip, (cores, products, clock) in CHIPS.items():
-        cycles = kernel_schedule.of(chip, kernel_schedule.Shape(longest, longest, *VISION))
+    for name, slice_name in SLICES.items():
+        chip = CHIPS[name]
+        cycles = kernel_schedule.of(slice_name, kernel_schedule.Shape(longest, longest, *VISION))
         for kernel, each in cycles.items():
-            row: list[object] = [f"{chip}, {kernel}", each.least, each.most]
+            row: list[object] = [f"{name}, {kernel}", each.least, each.most]
             for stage in stage_mixes.CONFIGS:
                 of = counts[stage, "vision tower"]
-                seconds = of.blocks / BLOCK**2 * VISION[0] * (each.least + each.most) / 2 / cores / clock
-                ideal = PRODUCTS[kernel] * of.needed * VISION[0] * VISION[2] / products / cores / clock
+                seconds = of.blocks / BLOCK**2 * VISION[0] * (each.least + each.most) / 2 / chip.cores / chip.clock
+                ideal = 2 * PRODUCTS[kernel] * of.needed * VISION[0] * VISION[2] / chip.peak
                 row += [1e3 * seconds, ideal / seconds]
-                numbers[f"{chip}_{kernel}_{stage}_ms"] = 1e3 * seconds
-                numbers[f"{chip}_{kernel}_{stage}_of_peak"] = ideal / seconds
+                numbers[f"{name}_{kernel}_{stage}_ms"] = 1e3 * seconds
+                numbers[f"{name}_{kernel}_{stage}_of_peak"] = ideal / seconds
             table.append(row)
     headings = [word for stage in stage_mixes.CONFIGS for word in (f"{stage} ms", "of peak")]
     print("A layer of the vision tower, a row of the batch on a chip; ms from the middle of least and most")

@@ -1,28 +1,27 @@
 """The pairs that the benchmark of vision attention counts, against masks, and the kernel's schedule."""
 
 import numpy as np
-import pytest
 
-from benchmarks import kernel_schedule, stage_mixes, vision_attention
-from idefics_jax.batch import BatchShape
+from benchmarks import kernel_schedule, vision_attention
+from configs.idefics2_8b import instruct
 from idefics_jax.visibility import Visibility
+from launch import workload
 
 
-@pytest.mark.parametrize("name", list(stage_mixes.CONFIGS))
-def test_the_vision_tower_computes_at_most_1_3_times_what_it_needs(name):
-    of = vision_attention.pairs(*vision_attention.packed(name, rows=4))["vision tower"]
+def test_the_vision_tower_computes_at_most_1_3_times_what_it_needs():
+    """In the stage whose images are smallest beside their rows."""
+    config = instruct.get_config()
+    of = vision_attention.pairs(workload.packed_rows(config), config.data.shape.images)["vision tower"]
     assert 1.0 <= of.blocks / of.needed <= 1.3
 
 
 def test_needed_pairs_are_those_of_the_masks():
-    shape = BatchShape(rows=1, tokens=300, vision_rows=2, patches=60, images=3, patch_dim=12)
     segments, positions = np.zeros((2, 1, 300), np.int32)
     segments[0, :200], positions[0, :200] = 1, np.arange(200)
     segments[0, 200:290], positions[0, 200:290] = 2, np.arange(90)
     images = np.zeros((1, 2, 60), np.int32)
     images[0, 0, :50], images[0, 1, :20], images[0, 1, 20:60] = 2, 1, 3
-    rows = {"segment_ids": segments, "positions": positions, "patch_image_ids": images}
-    found = vision_attention.pairs(rows, shape)
+    found = vision_attention.pairs(workload.Rows(segments, positions, images), most_images=4)
     seen = Visibility(images[0], images[0])
     assert found["vision tower"].needed == seen.mask(seen.query_segments, None).sum()
     seen = Visibility(segments, segments, positions, positions, vision_attention.WINDOW)
