@@ -9,6 +9,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import glob
+import hashlib
 import itertools
 import os
 import threading
@@ -28,11 +29,19 @@ DAMAGED = (OSError, pa.ArrowException)
 
 @dataclasses.dataclass(frozen=True)
 class Footer:
-    """What a parquet file says of itself: its columns, and the number of rows of each row group."""
+    """What a parquet file says of itself.
+
+    Attributes:
+      path: the file.
+      schema: its columns.
+      group_rows: the number of rows of each row group.
+      digest: of the footer's bytes, which tell the place, size and range of every page's values.
+    """
 
     path: str
     schema: pa.Schema
     group_rows: tuple[int, ...]
+    digest: str
 
 
 class ParquetRows:
@@ -40,6 +49,7 @@ class ParquetRows:
 
     Attributes:
       group_rows: int64 [groups], the number of rows of each row group.
+      digest: of the footers.
     """
 
     def __init__(self, footers: Sequence[Footer], columns: Sequence[str], *, cached_groups: int):
@@ -52,6 +62,7 @@ class ParquetRows:
         """
         self._columns = list(columns)
         self._folder = os.path.commonpath([os.path.dirname(os.path.abspath(footer.path)) for footer in footers])
+        self.digest = hashlib.sha256("".join(footer.digest for footer in footers).encode()).hexdigest()
         self._groups = [(footer.path, group) for footer in footers for group in range(len(footer.group_rows))]
         self.group_rows = np.array([rows for footer in footers for rows in footer.group_rows], np.int64)
         self._first_rows = [
@@ -107,7 +118,7 @@ def expand(patterns: Sequence[str], *, where: str) -> list[str]:
         if not found or not all(Path(path).exists() for path in found):
             raise UserError(f"{where} names {pattern!r}, which matches no file; give the path or glob of files")
         paths += found
-    for path, count in collections.Counter(paths).items():
+    for path, count in collections.Counter(map(os.path.realpath, paths)).items():
         if count > 1:
             raise UserError(f"{where} names {path!r} {count} times; name it once and raise the source's weight")
     return paths
@@ -150,4 +161,13 @@ def _read_footer(path: str) -> Footer:
         groups = tuple(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
         if min(groups, default=0) < 0:
             raise UserError(f"{path} is damaged: a row group has {min(groups)} rows; write it again")
-        return Footer(path, file.schema_arrow, groups)
+        return Footer(path, file.schema_arrow, groups, _footer_digest(path))
+
+
+def _footer_digest(path: str) -> str:
+    """Hashes the bytes before the end of the file that its last eight count: their number and the magic word."""
+    with open(path, "rb") as file:
+        file.seek(-8, os.SEEK_END)
+        length = int.from_bytes(file.read(4), "little")
+        file.seek(-8 - length, os.SEEK_END)
+        return hashlib.sha256(file.read(length)).hexdigest()

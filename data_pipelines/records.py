@@ -18,7 +18,7 @@ import msgpack
 import numpy as np
 from array_record.python import array_record_module
 
-from data_pipelines.manifest import SUFFIX, Shard, check_sizes, sha256_of
+from data_pipelines.manifest import SUFFIX, Shard, check_sizes, digest_of, sha256_of
 from data_pipelines.rejection import BadRow
 from data_pipelines.training_form import Columns, fits
 from idefics_jax.errors import UserError
@@ -95,6 +95,7 @@ class RecordRows:
         """
         self.shards = shards
         self._columns = columns
+        self._folder = os.path.commonpath([os.path.abspath(shard.path.parent) for shard in shards])
         counts = [-(-shard.records // GROUP_ROWS) for shard in shards]
         self._shard_of = np.repeat(np.arange(len(shards)), counts)
         self._first_rows = np.concatenate([[0], *(np.arange(count) * GROUP_ROWS for count in counts)])[1:]
@@ -103,9 +104,15 @@ class RecordRows:
         self._readers: collections.OrderedDict[int, array_record_module.ArrayRecordReader] = collections.OrderedDict()
         self._lock = threading.Lock()
 
+    @property
+    def digest(self) -> str:
+        """Of what is in the shards, as their manifests tell it."""
+        return digest_of(self.shards)
+
     def name(self, group: int, row: int) -> str:
-        """Returns "shard:record"."""
-        return f"{self.shards[self._shard_of[group]].path.name}:{self._first_rows[group] + row}"
+        """Returns "shard:record": the shard from the folder that holds all of them."""
+        path = os.path.relpath(self.shards[self._shard_of[group]].path, self._folder)
+        return f"{path}:{self._first_rows[group] + row}"
 
     def row(self, group: int, row: int) -> dict[str, Any]:
         """Returns a row of a group.

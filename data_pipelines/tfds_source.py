@@ -18,6 +18,7 @@ asked for records as bytes, which are parsed here.
 """
 
 import functools
+import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -38,6 +39,8 @@ FIELDS: dict[str, dict[str, str]] = {
 }
 # Rows of a shard that shuffling moves together, as it moves a row group of parquet.
 GROUP_ROWS = 256
+# At the end of a shard: of its index, the places of thousands of records.
+_INDEX_BYTES = 65536
 _SHARD = re.compile(r"(?P<name>.+)-(?P<split>[^-]+)\.array_record-(?P<shard>\d{5,})-of-\d{5,}")
 
 
@@ -78,17 +81,31 @@ class TfdsRows:
             starts = range(first, end, GROUP_ROWS)
             groups += [(opened, path, first, start, min(start + GROUP_ROWS, end)) for start in starts]
         self._groups = groups
+        self._folder = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for _, path, *_ in groups])
         self.group_rows = np.array([end - start for *_, start, end in groups], np.int64)
 
+    @property
+    def digest(self) -> str:
+        """Of the shards' names, sizes and last bytes, where ArrayRecord keeps its index."""
+        paths = dict.fromkeys(path for _, path, *_ in self._groups)
+        told = [(Path(path).name, os.path.getsize(path), _end_of(path)) for path in paths]
+        return hashlib.sha256(repr(told).encode()).hexdigest()
+
     def name(self, group: int, row: int) -> str:
-        """Returns "shard:record"."""
+        """Returns "shard:record": the shard from the folder that holds all of them."""
         _, path, first, start, _ = self._groups[group]
-        return f"{Path(path).name}:{start - first + row}"
+        return f"{os.path.relpath(path, self._folder)}:{start - first + row}"
 
     def row(self, group: int, row: int) -> dict[str, Any]:
         """Returns a row of a group; raises BadRow if its record is damaged or fills no row of the kind."""
         split, _, _, start, _ = self._groups[group]
         return split.row(start + row)
+
+
+def _end_of(path: str) -> str:
+    with open(path, "rb") as file:
+        file.seek(-min(_INDEX_BYTES, os.path.getsize(path)), os.SEEK_END)
+        return hashlib.sha256(file.read()).hexdigest()
 
 
 def read(path: str, kind: str, features: Mapping[str, str]) -> Iterator[tuple[str, dict[str, Any] | Rejected]]:

@@ -66,6 +66,8 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         parquet.expand([str(tmp_path / "gone*.parquet")], where="here")
     with pytest.raises(UserError, match=r"names .*whole.parquet' 2 times"):
         parquet.expand([str(whole), str(tmp_path / "who*.parquet")], where="here")
+    with pytest.raises(UserError, match=r"names .*whole.parquet' 2 times"):
+        parquet.expand([str(whole), f"{tmp_path}/../{tmp_path.name}/whole.parquet"], where="here")
 
 
 def test_a_file_whose_name_looks_like_a_glob_is_found(tmp_path):
@@ -73,3 +75,11 @@ def test_a_file_whose_name_looks_like_a_glob_is_found(tmp_path):
         (tmp_path / name).write_text("")
     assert parquet.expand([str(tmp_path / "a[1].parquet")], where="here") == [str(tmp_path / "a[1].parquet")]
     assert parquet.expand([str(tmp_path / "a[0-9].parquet")], where="here") == [str(tmp_path / "a1.parquet")]
+
+
+def test_a_footer_s_digest_tells_of_other_values(tmp_path):
+    digests = []
+    for name, values in [("a", ["one", "two"]), ("same", ["one", "two"]), ("other", ["one", "too"])]:
+        pq.write_table(pa.table({"text": values}), tmp_path / name)
+        digests.append(parquet.read_footers([str(tmp_path / name)])[0].digest)
+    assert digests[0] == digests[1] != digests[2]

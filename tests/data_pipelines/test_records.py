@@ -232,3 +232,11 @@ def test_a_damaged_manifest_is_refused(tmp_path, before, after, message):
         return
     with pytest.raises(UserError, match=message):
         open_source(tmp_path / "out")
+
+
+def test_no_two_rows_have_one_name_where_shards_of_two_folders_have(tmp_path):
+    """Decoded images are kept by it."""
+    shards = [shard for folder in ("a", "b") for shard in write(tmp_path / folder, [talk("4"), talk("5")])]
+    rows = RecordRows(shards, COLUMNS)
+    names = {rows.name(group, row) for group, count in enumerate(rows.group_rows) for row in range(count)}
+    assert names == {f"{folder}/00000-00000.array_record:{row}" for folder in "ab" for row in (0, 1)}
