@@ -19,16 +19,24 @@ class Mixture:
     """The endless sequence of (source, position in it) of one shard."""
 
     def __init__(
-        self, stages: Sequence[tuple[Mapping[str, float], int | None]], *, start: Mapping[str, int], seed: Sequence[int]
+        self,
+        stages: Sequence[tuple[Mapping[str, float], int | None]],
+        *,
+        start: Mapping[str, int],
+        first: Sequence[tuple[str, int]],
+        seed: Sequence[int],
     ):
         """Fixes the sequence.
 
         Args:
           stages: for each the weights of its sources by name, and how many documents it lasts; None for the last.
           start: the position that a source begins at; 0 where it is not named.
+          first: (source, position) of documents that come before all others and count in no stage, of sources that
+            are named in `stages` or not.
           seed: of the order within blocks.
         """
         self.names = tuple(dict.fromkeys(name for weights, _ in stages for name in weights))
+        self._first = [(name, position) for name, position in first if name in self.names]
         self._seed = tuple(seed)
         self._shares = [_cumulative(weights, self.names) for weights, _ in stages]
         self._ends = list(itertools.accumulate(length for _, length in stages[:-1]))
@@ -40,6 +48,8 @@ class Mixture:
 
     def __call__(self, index: int) -> tuple[str, int]:
         """Returns the source of the index-th document, and the document's position in that source."""
+        if index < len(self._first):
+            return self._first[index]
         stage, index = self._stage(index)
         block, slot = divmod(index, self._sizes[stage])
         sources, ranks = self._block(stage, block)
@@ -55,6 +65,7 @@ class Mixture:
 
     def _stage(self, index: int) -> tuple[int, int]:
         """Returns the stage of an index, and the index within it."""
+        index = max(0, index - len(self._first))
         stage = int(np.searchsorted(self._ends, index, side="right"))
         return stage, index - (self._ends[stage - 1] if stage else 0)
 

@@ -8,12 +8,12 @@ throughout, as Grain asks: what varies in length is text.
 
 import dataclasses
 import json
-from collections.abc import Callable
 from typing import Any
 
 import grain
 import numpy as np
 
+from data_pipelines.mixture import Mixture
 from data_pipelines.packing import Pool, Sizes, misfit, pack_row
 from data_pipelines.rejection import Ledger, Rejected
 from idefics_jax.batch import BatchShape, Encoded
@@ -118,26 +118,27 @@ class Packing:
 class PackIterDataset(grain.IterDataset):
     """Packs a shard's endless sequence of (index, Candidates and Rejected of its row) into PackedRows."""
 
-    def __init__(self, parent: grain.MapDataset, packing: Packing, positions: Callable[[int], dict[str, int]]):
-        """`positions` says how many rows of each source come before an index."""
+    def __init__(self, parent: grain.MapDataset, packing: Packing, mixture: Mixture):
+        """`mixture` says where the row of each index comes from."""
         super().__init__(parent)
         self._packing = packing
-        self._positions = positions
+        self._mixture = mixture
 
     def __iter__(self) -> grain.DatasetIterator:
-        return _PackIterator(self._parent, self._packing, self._positions)
+        return _PackIterator(self._parent, self._packing, self._mixture)
 
 
 class _PackIterator(grain.DatasetIterator):
-    def __init__(self, documents: grain.MapDataset, packing: Packing, positions: Callable[[int], dict[str, int]]):
+    def __init__(self, documents: grain.MapDataset, packing: Packing, mixture: Mixture):
         threads = packing.num_threads
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=_READ_AHEAD * threads)
         super().__init__(iter(documents.to_iter_dataset(options)))
         self._documents = documents
         self._packing = packing
-        self._positions = positions
+        self._mixture = mixture
         self._ledger = Ledger(packing.max_bad_fraction)
         self._pool = Pool()
+        self._begun: set[int] = set()  # rows that were cut, of which one piece is packed and another waits
         self._waiting_bytes = 0
         self._read = 0  # rows of the sequence
         self._rows = 0
@@ -149,17 +150,22 @@ class _PackIterator(grain.DatasetIterator):
             rng = np.random.default_rng((*self._packing.seed, self._rows))
             placements = pack_row(self._pool, self._packing.shape, rounds=self._packing.rounds, rng=rng)
             rows.append(tuple((placement.item[-1], placement.vision_slots) for placement in placements))
+            self._begun |= {index for index, *_ in (placement.item for placement in placements)}
+            self._begun &= {index for index, *_ in self._pool.items}
             self._waiting_bytes -= sum(encoded_size(candidate) for candidate, _ in rows[-1])
             self._rows += 1
         ledger = self._ledger
-        positions = self._positions(self._read)
+        positions = self._mixture.positions(self._read)
         return PackedRows(tuple(rows), positions, ledger.seen, dict(ledger.rejected), dict(ledger.examples))
 
     def get_state(self) -> dict[str, Any]:
         return {
             "parent": self._parent.get_state(),
             "pool": json.dumps([(index, piece) for index, piece, _ in self._pool.items]),
-            "positions": json.dumps(self._positions(self._read)),
+            "begun": json.dumps(sorted(self._begun)),
+            # For a run that goes on with other settings (position.reached).
+            "positions": json.dumps(self._mixture.positions(self._read)),
+            "waiting": json.dumps([self._mixture(index) for index in self._waiting_rows()]),
             "read": self._read,
             "rows": self._rows,
             "seen": self._ledger.seen,
@@ -172,7 +178,7 @@ class _PackIterator(grain.DatasetIterator):
         counted, examples = json.loads(state["rejected"]), json.loads(state["examples"])
         self._ledger = Ledger(self._ledger.limit, state["seen"], counted, examples)
         self._read, self._rows = state["read"], state["rows"]
-        self._pool, self._waiting_bytes = Pool(), 0
+        self._pool, self._waiting_bytes, self._begun = Pool(), 0, set(json.loads(state["begun"]))
         for index, piece in json.loads(state["pool"]):
             _, pieces = self._documents[index]
             candidate = dict(enumerate(pieces)).get(piece)
@@ -194,6 +200,10 @@ class _PackIterator(grain.DatasetIterator):
                     self._ledger.reject(candidate)
                 else:
                     self._wait(index, piece, candidate)
+
+    def _waiting_rows(self) -> list[int]:
+        """Returns the rows of which nothing is packed yet."""
+        return sorted({index for index, *_ in self._pool.items} - self._begun)
 
     def _wait(self, index: int, piece: int, candidate: Candidate) -> None:
         self._pool.add((index, piece, candidate), candidate.sizes)

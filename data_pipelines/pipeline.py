@@ -174,7 +174,7 @@ def batches(
     cache = Cache(config.cache_mib * 2**20)
     opened = _open(config, processor, cache, shards_here=each)
     about = _about(config, opened, processor)
-    starts = position.reached(config.after, shards, about) if config.after else [{}] * each
+    starts = position.reached(config.after, shards, about) if config.after else [position.Reached({}, ())] * each
     packed = [
         _packed(config, opened, shard, start=start, threads=-(-config.num_threads // each))
         for shard, start in zip(shards, starts, strict=True)
@@ -242,10 +242,10 @@ def _packed(
     opened: Mapping[str, DocumentSource],
     shard: int,
     *,
-    start: Mapping[str, int],
+    start: position.Reached,
     threads: int,
 ) -> PackIterDataset:
-    """Returns a shard's rows, each source from the position that `start` gives it."""
+    """Returns a shard's rows: what was waiting at `start`, then each source from the position that it had reached."""
     each = config.virtual_shards
     stages = [
         (
@@ -254,7 +254,7 @@ def _packed(
         )
         for stage in config.stages
     ]
-    mixture = Mixture(stages, start=start, seed=(config.seed, shard))
+    mixture = Mixture(stages, start=start.positions, first=start.waiting, seed=(config.seed, shard))
     packing = Packing(
         shape=dataclasses.replace(config.shape, rows=config.shape.rows // each),
         lookahead=config.lookahead,
@@ -265,7 +265,7 @@ def _packed(
         num_threads=threads,
     )
     documents = grain.MapDataset.source(_ShardDocuments(shard, mixture, opened))
-    return PackIterDataset(documents, packing, mixture.positions)
+    return PackIterDataset(documents, packing, mixture)
 
 
 def _about(config: DataConfig, opened: Mapping[str, DocumentSource], processor: Processor) -> dict[str, Any]:
@@ -274,8 +274,16 @@ def _about(config: DataConfig, opened: Mapping[str, DocumentSource], processor: 
     for free in ("num_threads", "prefetch", "cache_mib", "stages"):
         del settings[free]
     return {
-        "data": settings | {"stages": {str(i): _told(stage) for i, stage in enumerate(config.stages)}},
-        "files": {name: source.digest for name, source in opened.items()},
+        "data": settings
+        | {
+            "stages": {str(i): _told(stage) for i, stage in enumerate(config.stages)},
+            "after": position.digest(config.after) if config.after else None,
+        },
+        "files": {
+            source.name: {"digest": opened[source.name].digest, "seed": config.seed, "window": source.window}
+            for stage in config.stages
+            for source in stage.sources
+        },
         "processor": {
             "tokenizer": hashlib.sha256(processor.tokenizer.model).hexdigest()[:16],
             "image_rules": dataclasses.asdict(processor.image_rules),

@@ -4,6 +4,8 @@ about.json       everything that the sequence of batches depends on
 shard_<k>.json   where shard k stands
 """
 
+import dataclasses
+import hashlib
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +15,7 @@ from etils import epath
 
 from idefics_jax import buckets
 from idefics_jax.errors import UserError
+from idefics_jax.settings import differences
 
 # In a work directory: where the data stood when the run had ended.
 FOLDER = "data_position"
@@ -40,21 +43,33 @@ def restore(folder: epath.Path, data: grain.DatasetIterator) -> None:
     data.set_state({"about": (folder / _ABOUT).read_text(), "shards": saved})
 
 
-def reached(workdir: str, shards: Sequence[int], about: dict[str, Any]) -> list[dict[str, int]]:
-    """Returns for each shard how far an ended run had read each source, for a run that goes on with other settings.
+@dataclasses.dataclass(frozen=True)
+class Reached:
+    """How far a shard of an ended run had read.
+
+    Attributes:
+      positions: how many rows of each source.
+      waiting: (source, position) of those rows of which nothing had been packed.
+    """
+
+    positions: dict[str, int]
+    waiting: tuple[tuple[str, int], ...]
+
+
+def reached(workdir: str, shards: Sequence[int], about: dict[str, Any]) -> list[Reached]:
+    """Returns how far the shards of an ended run had read, for a run that goes on with other settings.
+
+    A row that was cut and of which some pieces had been packed counts as read: the new run may cut it otherwise.
 
     Args:
       workdir: the ended run's work directory.
       shards: numbers of the shards.
-      about: of the run that goes on. The sources of both runs must have the same files.
+      about: of the run that goes on. The sources of both runs must have the same files in the same order.
 
     Raises:
-      UserError: there is no such run, it had another number of shards, or a source had other files.
+      UserError: there is no such run, it had another number of shards, or a source had other files or another order.
     """
-    buckets.check(workdir)
-    folder = epath.Path(workdir) / FOLDER
-    if not (folder / _ABOUT).exists():
-        raise UserError(f"data.after is {workdir!r}, which holds no {FOLDER}; give the workdir of a run that has ended")
+    folder = _folder(workdir)
     before = json.loads((folder / _ABOUT).read_text())
     was, is_now = before["data"]["virtual_shards"], about["data"]["virtual_shards"]
     if was != is_now:
@@ -62,12 +77,38 @@ def reached(workdir: str, shards: Sequence[int], about: dict[str, Any]) -> list[
             f"data.after is {workdir!r}, a run of {was} virtual shards; this one has {is_now}, give as many"
         )
     for name in sorted(before["files"].keys() & about["files"].keys()):
-        if before["files"][name] != about["files"][name]:
+        changed = differences(before["files"][name], about["files"][name])
+        if changed:
             raise UserError(
-                f"data.after is {workdir!r}, where source {name!r} had other files; give it another name to read them "
-                "from their beginning"
+                f"data.after is {workdir!r}, where source {name!r} had other files or another order "
+                f"({'; '.join(changed)}); give them as they were, or the source another name, to begin it anew"
             )
-    return [json.loads(json.loads(_file(folder, shard).read_text())["packed"]["positions"]) for shard in shards]
+    packed = [json.loads(_file(folder, shard).read_text())["packed"] for shard in shards]
+    return [
+        Reached(json.loads(state["positions"]), tuple(map(tuple, json.loads(state["waiting"])))) for state in packed
+    ]
+
+
+def digest(workdir: str) -> str:
+    """Returns the digest of where an ended run left its data; raises UserError as `reached`."""
+    folder = _folder(workdir)
+    files = {file.name: file.read_bytes() for file in folder.iterdir()}
+    return hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()[:16]
+
+
+def keep(workdir: str, folder: epath.Path) -> None:
+    """Copies where an ended run left its data; the folder can then stand for its work directory in `reached`."""
+    (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+    for file in _folder(workdir).iterdir():
+        file.copy(folder / FOLDER / file.name, overwrite=True)
+
+
+def _folder(workdir: str) -> epath.Path:
+    buckets.check(workdir)
+    folder = epath.Path(workdir) / FOLDER
+    if not (folder / _ABOUT).exists():
+        raise UserError(f"data.after is {workdir!r}, which holds no {FOLDER}; give the workdir of a run that has ended")
+    return folder
 
 
 def _file(folder: Any, shard: int | str) -> Any:

@@ -1,6 +1,7 @@
 """The training loop: batches in, steps, progress, checkpoints, and an orderly end whatever ends it."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from data_pipelines import pipeline, position
+from data_pipelines.pipeline import DataConfig
 from idefics_jax import processes, sharding
 from idefics_jax.buckets import write_whole
 from idefics_jax.convert.orbax import save_model
@@ -35,6 +37,8 @@ from idefics_jax.training.writers import RunWriter, silent_writer
 
 # The settings of a run, in its work directory.
 RUN_FILE = "run.json"
+# There too: where the data of the run before it ended, if its own goes on from there.
+DATA_START = "data_start"
 
 
 def train(config: TrainConfig, values: dict[str, Any], workdir: epath.Path) -> bool:
@@ -60,12 +64,14 @@ def train(config: TrainConfig, values: dict[str, Any], workdir: epath.Path) -> b
     with sharding.use_mesh(mesh, sharding.RULES[config.sharding]):
         run, trainable, frozen = assemble(config, mesh)
         share = row_share(mesh, config.data.shape.rows)
-        data = pipeline.batches(config.data, run.processor, process_index=share.index, process_count=share.count)
+        began = with_kept_start(config.data, workdir)
+        data = pipeline.batches(began, run.processor, process_index=share.index, process_count=share.count)
         checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
         with contextlib.closing(data), contextlib.closing(checkpoints):
             state, frozen, before = start(run, trainable, frozen, data, checkpoints, workdir)
             if processes.first():
                 record_run(values, workdir)
+                keep_start(began, workdir)
             del trainable
             progress = Progress(config.steps, config.diverged_after, before, leads=share.leads)
             state, done = steps(run, state, frozen, progress, data, checkpoints, workdir)
@@ -116,6 +122,18 @@ def check_shared(workdir: epath.Path) -> None:
             f"--workdir {workdir} of process {blind[0]} is not that of process 0; give a folder that all machines "
             "share, as gs://BUCKET/FOLDER"
         )
+
+
+def with_kept_start(data: DataConfig, workdir: epath.Path) -> DataConfig:
+    """Lets a run that was stopped begin its data from its own copy of where the run before had left it."""
+    stopped = any((workdir / "checkpoints").glob("*")) and (workdir / DATA_START).exists()
+    return dataclasses.replace(data, after=str(workdir / DATA_START)) if data.after and stopped else data
+
+
+def keep_start(began: DataConfig, workdir: epath.Path) -> None:
+    """Keeps beside a run where the run before it had left the data, which may be trained further or be deleted."""
+    if began.after and epath.Path(began.after) != workdir / DATA_START:
+        position.keep(began.after, workdir / DATA_START)
 
 
 def record_run(values: dict[str, Any], workdir: epath.Path) -> None:

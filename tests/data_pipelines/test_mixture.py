@@ -25,7 +25,7 @@ def take(mixture: Mixture, count: int) -> list[tuple[str, int]]:
 @hypothesis.settings(deadline=None, max_examples=40)
 def test_a_source_goes_on_from_stage_to_stage_without_gap_or_repeat(stages, seed):
     last, _ = stages[-1]
-    mixture = Mixture([*stages[:-1], (last, None)], start={}, seed=(seed,))
+    mixture = Mixture([*stages[:-1], (last, None)], start={}, first=(), seed=(seed,))
     reached = collections.Counter()
     for index in range(sum(length for _, length in stages) + 500):
         assert mixture.positions(index) == {name: reached[name] for name in mixture.names}
@@ -35,7 +35,7 @@ def test_a_source_goes_on_from_stage_to_stage_without_gap_or_repeat(stages, seed
 
 
 def test_shares_are_the_weights_and_lie_evenly():
-    mixture = Mixture([(WEIGHTS, None)], start={}, seed=(0,))
+    mixture = Mixture([(WEIGHTS, None)], start={}, first=(), seed=(0,))
     names = np.array([name for name, _ in take(mixture, 20_000)])
     for name, share in WEIGHTS.items():
         assert np.mean(names == name) == pytest.approx(share, abs=1e-4)
@@ -45,12 +45,14 @@ def test_shares_are_the_weights_and_lie_evenly():
 
 def test_a_rare_source_gets_its_share():
     weights = {"common": 1.0, "rare": 1 / 3000}
-    names = collections.Counter(name for name, _ in take(Mixture([(weights, None)], start={}, seed=(0,)), 90_000))
+    names = collections.Counter(
+        name for name, _ in take(Mixture([(weights, None)], start={}, first=(), seed=(0,)), 90_000)
+    )
     assert names["rare"] == pytest.approx(30, abs=1)
 
 
 def test_the_last_stage_has_weights_of_its_own():
-    mixture = Mixture([({"a": 1.0}, 50), ({"a": 1.0, "b": 1.0}, None)], start={}, seed=(0,))
+    mixture = Mixture([({"a": 1.0}, 50), ({"a": 1.0, "b": 1.0}, None)], start={}, first=(), seed=(0,))
     drawn = take(mixture, 4050)
     assert drawn[:50] == [("a", position) for position in range(50)]
     assert [position for name, position in drawn[50:] if name == "a"][:3] == [50, 51, 52]
@@ -58,14 +60,18 @@ def test_the_last_stage_has_weights_of_its_own():
 
 
 def test_a_source_may_begin_where_another_run_left_it():
-    mixture = Mixture([({"a": 1.0, "b": 1.0}, None)], start={"b": 70}, seed=(0,))
-    first = dict(reversed(take(mixture, 100)))
-    assert first == {"a": 0, "b": 70}
+    mixture = Mixture(
+        [({"a": 1.0, "b": 1.0}, None)], start={"b": 70}, first=[("b", 7), ("gone", 3), ("a", 9)], seed=(0,)
+    )
+    assert take(mixture, 2) == [("b", 7), ("a", 9)]
+    assert mixture.positions(0) == mixture.positions(2) == {"a": 0, "b": 70}
+    assert dict(reversed(take(mixture, 102)[2:])) == {"a": 0, "b": 70}
 
 
 def test_seeds_give_other_orders_with_the_same_shares():
     orders = [
-        [name for name, _ in take(Mixture([(WEIGHTS, None)], start={}, seed=(0, shard)), 256)] for shard in (0, 1)
+        [name for name, _ in take(Mixture([(WEIGHTS, None)], start={}, first=(), seed=(0, shard)), 256)]
+        for shard in (0, 1)
     ]
     assert orders[0] != orders[1]
     assert collections.Counter(orders[0]) == collections.Counter(orders[1])

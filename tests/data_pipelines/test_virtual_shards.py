@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from etils import epath
 
-from data_pipelines import pairs, position
-from data_pipelines.pipeline import batches
+from data_pipelines import cauldron, pairs, position
+from data_pipelines.pipeline import Stage, batches
 from idefics_jax.errors import UserError
+from tests.data_pipelines.pictures import png
 from tests.data_pipelines.test_pipeline import pair, take
 
 SHARDS, STEPS = 8, 12
@@ -108,26 +109,74 @@ def test_memory_of_waiting_documents_is_bounded(one_source, processor):
     assert 300 < len(json.loads(shard["packed"]["pool"])) < 600  # of about 2 kB each
 
 
-def test_another_run_goes_on_where_an_ended_one_left_each_source(one_source, processor, tmp_path):
-    rows = [pair(str(i)) for i in range(200)]
-    config = one_source(rows, "pairs", pairs.SCHEMA, virtual_shards=2, lookahead=1, rounds=0)
-    ended = batches(config, processor, process_index=0, process_count=1)
-    before = [name for packed in take(ended, 9) for name in packed.documents]
-    (tmp_path / "run" / position.FOLDER).mkdir(parents=True)
-    position.write(epath.Path(tmp_path / "run" / position.FOLDER), ended, first_process=True)
-    later = dataclasses.replace(config, after=str(tmp_path / "run"), seed=config.seed, rounds=2)
-    after = [
-        name
-        for packed in take(batches(later, processor, process_index=0, process_count=1), 9)
-        for name in packed.documents
-    ]
-    assert len(set(before + after)) == len(before) + len(after)
-    for change, message in [
-        ({"after": str(tmp_path)}, "which holds no data_position"),
-        ({"virtual_shards": 1}, "a run of 2 virtual shards; this one has 1"),
+@pytest.fixture
+def ended(one_source, processor, tmp_path):
+    """A run in two shards that ended with many documents waiting: its config, and the documents it had packed."""
+    rows = [pair("word " * (1 + i % 9)) for i in range(400)]
+    config = one_source(rows, "pairs", pairs.SCHEMA, virtual_shards=2, lookahead=40, rounds=8)
+    data = batches(config, processor, process_index=0, process_count=1)
+    packed = [name for batch in take(data, 6) for name in batch.documents]
+    assert sum(len(json.loads(shard["packed"]["waiting"])) for shard in data.get_state()["shards"].values()) > 40
+    write_position(data, tmp_path / "run")
+    return config, packed
+
+
+def write_position(data, workdir):
+    (workdir / position.FOLDER).mkdir(parents=True, exist_ok=True)
+    position.write(epath.Path(workdir / position.FOLDER), data, first_process=True)
+
+
+def test_another_run_trains_the_rest_of_the_epoch_once(ended, processor, tmp_path):
+    config, packed = ended
+    later = dataclasses.replace(config, after=str(tmp_path / "run"), rounds=2, lookahead=1)
+    data, counts = batches(later, processor, process_index=0, process_count=1), collections.Counter(packed)
+    while len(counts) < 400:
+        counts.update(next(data).documents)
+    # Each shard may be ahead of the other by what is in a batch or two.
+    assert sum(count > 1 for count in counts.values()) < 40
+    assert max(counts.values()) <= 2
+
+
+def test_pieces_of_a_row_that_was_begun_do_not_come_again(one_source, processor, tmp_path):
+    turns = [{"user": f"what is {i}", "assistant": "five", "source": ""} for i in range(12)]
+    rows = [{"images": [{"bytes": png(28, 28), "path": None}], "texts": turns[: 1 + i % 12]} for i in range(40)]
+    config = one_source(rows, "cauldron", cauldron.SCHEMA, lookahead=20)
+    data = batches(config, processor, process_index=0, process_count=1)
+    first = [name for batch in take(data, 3) for name in batch.documents]
+    write_position(data, tmp_path / "run")
+    later = batches(
+        dataclasses.replace(config, after=str(tmp_path / "run")), processor, process_index=0, process_count=1
+    )
+    second = [name for batch in take(later, 3) for name in batch.documents]
+    assert any("[" in name for name in first + second)
+    assert not set(first) & set(second)
+    assert not {name.split("[")[0] for name in first} & {name.split("[")[0] for name in second}
+
+
+def test_a_run_does_not_go_on_in_another_order_or_other_files(ended, one_source, processor, tmp_path):
+    later = dataclasses.replace(ended[0], after=str(tmp_path / "run"))
+    ((source,),) = (stage.sources for stage in later.stages)
+    windowed = (Stage((dataclasses.replace(source, window=1),)),)
+    for config, message in [
+        (dataclasses.replace(later, after=str(tmp_path)), "which holds no data_position"),
+        (dataclasses.replace(later, virtual_shards=1), "a run of 2 virtual shards; this one has 1"),
+        (dataclasses.replace(later, seed=later.seed + 1), r"source 'mine' .* another order \(seed: \d+ -> \d+\)"),
+        (dataclasses.replace(later, stages=windowed), r"window: \d+ -> 1"),
     ]:
         with pytest.raises(UserError, match=message):
-            batches(dataclasses.replace(later, **change), processor, process_index=0, process_count=1)
-    other = one_source(rows[:100], "pairs", pairs.SCHEMA, virtual_shards=2, after=str(tmp_path / "run"))
-    with pytest.raises(UserError, match="source 'mine' had other files"):
+            batches(config, processor, process_index=0, process_count=1)
+    other = one_source([pair("x")] * 400, "pairs", pairs.SCHEMA, virtual_shards=2, after=str(tmp_path / "run"))
+    with pytest.raises(UserError, match=r"source 'mine' had other files .*\(digest: "):
         batches(other, processor, process_index=0, process_count=1)
+
+
+def test_a_position_is_refused_where_the_run_before_has_gone_on(ended, processor, tmp_path):
+    config = dataclasses.replace(ended[0], after=str(tmp_path / "run"))
+    later = batches(config, processor, process_index=0, process_count=1)
+    state = later.get_state()
+    position.keep(str(tmp_path / "run"), epath.Path(tmp_path / "kept"))
+    write_position(later, tmp_path / "run")
+    with pytest.raises(UserError, match="data.after: "):
+        batches(config, processor, process_index=0, process_count=1).set_state(state)
+    kept = dataclasses.replace(config, after=str(tmp_path / "kept"))
+    batches(kept, processor, process_index=0, process_count=1).set_state(state)

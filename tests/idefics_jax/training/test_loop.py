@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -197,3 +198,14 @@ def test_usage_errors_exit_with_2_and_one_line(values, tmp_path):
         assert "Traceback" not in errors
         assert len(errors.strip().splitlines()) == 1, errors
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_goes_on_in_the_data_of_another_is_resumed_without_it(values, tmp_path):
+    """Else it could not be resumed, or would be resumed elsewhere, once the other is deleted or trained further."""
+    short = {**values, "steps": 4, "checkpoint_every": 2, "log_every": 2}
+    run(short, tmp_path / "first")
+    short["data"] = {**values["data"], "after": str(tmp_path / "first")}
+    whole = run(short, tmp_path / "second")
+    for gone in ("first", "second/checkpoints/4", "second/model"):
+        shutil.rmtree(tmp_path / gone)
+    assert run(short, tmp_path / "second")[0] == whole[0]
