@@ -36,6 +36,12 @@ def get_config() -> ConfigDict:
     return config
 
 
-def image_rules() -> dict[str, int | bool]:
+def image_rules() -> dict[str, int | bool | str]:
     """From 378 pixels (code) to 980 (paper), at the image's own aspect ratio."""
-    return {"longest_edge": 980, "shortest_edge": 378, "positions_per_side": POSITIONS, "split": False}
+    return {
+        "longest_edge": 980,
+        "shortest_edge": 378,
+        "positions_per_side": POSITIONS,
+        "split": False,
+        "resizer": stage1.RESIZER,
+    }
