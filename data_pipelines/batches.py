@@ -7,6 +7,7 @@ rows, so the batch of all processes together does not depend on their number.
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 from data_pipelines.cache import Cache
 from data_pipelines.packed_rows import OBJECT_BYTES, Candidate, PackedRows, PackIterDataset
 from data_pipelines.rejection import Ledger, Rejected
-from idefics_jax.batch import Batch, BatchShape, empty_batch, place_document
+from idefics_jax.batch import Batch, BatchShape, empty_batch, patch_places, place_document
 from idefics_jax.errors import UserError
 from idefics_jax.images import RejectedImage
 from idefics_jax.processor import Processor
@@ -97,9 +98,9 @@ class _DecodeIterator(grain.DatasetIterator):
 
     def __next__(self) -> PackedBatch:
         packed = [next(parent) for parent in self._parents]
+        batch, rows = empty_batch(self._decoding.shape), [row for shard in packed for row in shard.rows]
         decode = self._threads.map if self._threads else map
-        decoded = list(decode(self._decode_row, [row for shard in packed for row in shard.rows]))
-        batch = empty_batch(self._decoding.shape)
+        decoded = list(decode(functools.partial(self._decode_row, batch), range(len(rows)), rows))
         of_row = [place for place, shard in enumerate(packed) for _ in shard.rows]
         names = []
         for row, (documents, place) in enumerate(zip(decoded, of_row, strict=True)):
@@ -147,35 +148,51 @@ class _DecodeIterator(grain.DatasetIterator):
         epochs = {name: positions[name] / rows for name, rows in self._decoding.epoch_rows.items()}
         return epochs, sum(shard.seen for shard in packed), dict(rejected), examples
 
-    def _decode_row(self, row: tuple) -> list[tuple[Candidate, tuple, list[np.ndarray] | Rejected]]:
-        def patches(candidate: Candidate) -> list[np.ndarray] | Rejected:
-            how = tuple((image.split, image.upscale) for image in candidate.encoded.images)
-            return self._cache.get((candidate.name, how), lambda: self._decode(candidate), _patch_bytes)
+    def _decode_row(self, batch: Batch, row: int, documents: tuple) -> list[tuple[Candidate, tuple, Rejected | None]]:
+        """Writes the patches of a row's documents into the batch; returns what is wrong with each."""
 
-        return [(candidate, slots, patches(candidate)) for candidate, slots in row]
+        def fault(candidate: Candidate, slots: tuple) -> Rejected | None:
+            places = patch_places(batch, row, candidate.encoded.grids, slots)
+            found = self._decode(candidate, places)
+            if found is not None:
+                for place in places:
+                    place[:] = 0
+            return found
 
-    def _decode(self, candidate: Candidate) -> list[np.ndarray] | Rejected:
+        return [(candidate, slots, fault(candidate, slots)) for candidate, slots in documents]
+
+    def _decode(self, candidate: Candidate, places: list[np.ndarray]) -> Rejected | None:
+        """Writes a document's patches to their places, or says what is wrong."""
+        if not self._cache.keeps:
+            patches = self._patches(candidate, places)
+            return patches if isinstance(patches, Rejected) else None
+        how = tuple((image.split, image.upscale) for image in candidate.encoded.images)
+        patches = self._cache.get((candidate.name, how), lambda: self._patches(candidate, None), _patch_bytes)
+        if isinstance(patches, Rejected):
+            return patches
+        for place, cut in zip(places, patches, strict=True):
+            place[:] = cut
+        return None
+
+    def _patches(self, candidate: Candidate, places: list[np.ndarray] | None) -> list[np.ndarray] | Rejected:
         try:
-            patches = self._processor.patches(candidate.encoded)
+            return self._processor.patches(candidate.encoded, out=places)
         except RejectedImage as error:
             return Rejected(candidate.name, error.reason, str(error))
-        if tuple(map(len, patches)) != candidate.sizes.images:
-            return Rejected(candidate.name, "corrupt", "an image is of another size than its header says")
-        return patches
 
     def _place_row(self, batch: Batch, row: int, documents: list, place: int, packed: PackedRows) -> list[str]:
-        """Writes the documents that could be decoded, one after another; returns their names."""
+        """Writes all else of the documents that could be decoded, one after another; returns their names."""
         names, token_offset, image_offset = [], 0, 0
-        for candidate, slots, patches in documents:
-            if isinstance(patches, Rejected):
-                self._reject(patches, place, packed)
+        for candidate, slots, fault in documents:
+            if fault is not None:
+                self._reject(fault, place, packed)
                 continue
             names.append(candidate.name)
             place_document(
                 batch,
                 row,
                 encoded=candidate.encoded,
-                patches=patches,
+                patches=None,
                 segment=len(names),
                 token_offset=token_offset,
                 image_offset=image_offset,
@@ -183,7 +200,7 @@ class _DecodeIterator(grain.DatasetIterator):
                 positions_per_side=self._processor.image_rules.positions_per_side,
             )
             token_offset += len(candidate.encoded.tokens)
-            image_offset += len(patches)
+            image_offset += len(slots)
         return names
 
     def _reject(self, document: Rejected, place: int, packed: PackedRows) -> None:

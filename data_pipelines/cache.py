@@ -7,10 +7,15 @@ from typing import Any
 
 
 class Cache:
-    """Keeps values that are costly to make, up to a number of bytes. Threads may share it."""
+    """Keeps values that are costly to make, up to a number of bytes. Threads may share it.
+
+    Attributes:
+      keeps: whether it keeps anything.
+    """
 
     def __init__(self, max_bytes: int):
         """`max_bytes` of 0 keeps nothing."""
+        self.keeps = max_bytes > 0
         self._max_bytes = max_bytes
         self._bytes = 0
         self._values: collections.OrderedDict[Hashable, tuple[Any, int]] = collections.OrderedDict()
@@ -24,7 +29,7 @@ class Cache:
           make: makes it; two threads that ask at once may both do so.
           size: bytes that keeping it takes.
         """
-        if not self._max_bytes:
+        if not self.keeps:
             return make()
         with self._lock:
             if key in self._values:

@@ -19,6 +19,7 @@ latents. Patches are raw uint8 and are normalised on the device; float32 patches
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -153,7 +154,7 @@ def place_document(
     row: int,
     *,
     encoded: "Encoded",
-    patches: list[np.ndarray],
+    patches: list[np.ndarray] | None,
     segment: int,
     token_offset: int,
     image_offset: int,
@@ -166,7 +167,8 @@ def place_document(
       batch: as from `empty_batch`; the places written to must still be padding.
       row: the row it goes to.
       encoded: the document.
-      patches: uint8 [rows * columns, C] of each of the document's images, in the order of `encoded.grids`.
+      patches: uint8 [rows * columns, C] of each of the document's images, in the order of `encoded.grids`; None where
+        they lie in the batch already (`patch_places`).
       segment: its number within the row, from 1.
       token_offset: where its tokens begin in the row.
       image_offset: how many images the row holds before it.
@@ -183,19 +185,29 @@ def place_document(
     batch["segment_ids"][row, span] = segment
     batch["positions"][row, span] = np.arange(count)
     batch["loss_weights"][row, token_offset : token_offset + max(count - 1, 0)] = encoded.trained[1:]
-    for index, (grid, pixels, slot) in enumerate(zip(encoded.grids, patches, vision_slots, strict=True)):
-        vision_row, begin = slot
-        place = (row, vision_row, slice(begin, begin + len(pixels)))
-        batch["patches"][place] = pixels
+    for index, (grid, (vision_row, begin)) in enumerate(zip(encoded.grids, vision_slots, strict=True)):
+        place = (row, vision_row, slice(begin, begin + grid[0] * grid[1]))
+        if patches is not None:
+            batch["patches"][place] = patches[index]
         batch["patch_image_ids"][place] = image_offset + index + 1
         batch["patch_positions"][place] = images.position_ids(*grid, positions_per_side)
-    batch["image_mask"][row, image_offset : image_offset + len(patches)] = 1
+    batch["image_mask"][row, image_offset : image_offset + len(encoded.grids)] = 1
+
+
+def patch_places(
+    batch: Batch, row: int, grids: Sequence[tuple[int, int]], vision_slots: Sequence[tuple[int, int]]
+) -> list[np.ndarray]:
+    """Returns where the patches of a document's images belong in a numpy batch: a view of it for each image."""
+    return [
+        batch["patches"][row, vision_row, begin : begin + rows * columns]
+        for (rows, columns), (vision_row, begin) in zip(grids, vision_slots, strict=True)
+    ]
 
 
 def _check_place(
     batch: Batch,
     encoded: "Encoded",
-    patches: list[np.ndarray],
+    patches: list[np.ndarray] | None,
     token_offset: int,
     image_offset: int,
     vision_slots: list[tuple[int, int]],
@@ -207,21 +219,24 @@ def _check_place(
             f"a document of {len(encoded.tokens)} tokens at offset {token_offset} does not fit a row of {row_tokens}; "
             "raise batch.tokens"
         )
-    if image_offset + len(patches) > row_images:
+    count = len(encoded.grids)
+    if image_offset + count > row_images:
         raise ValueError(
-            f"a document of {len(patches)} images after {image_offset} others does not fit a row of {row_images}; "
+            f"a document of {count} images after {image_offset} others does not fit a row of {row_images}; "
             "raise batch.images"
         )
-    if not len(encoded.grids) == len(patches) == len(vision_slots):
+    counts = [rows * columns for rows, columns in encoded.grids]
+    given = counts if patches is None else [len(pixels) for pixels in patches]
+    if not len(counts) == len(given) == len(vision_slots):
         raise ValueError(
-            f"a document of {len(encoded.grids)} images came with {len(patches)} sets of patches and "
+            f"a document of {len(counts)} images came with {len(given)} sets of patches and "
             f"{len(vision_slots)} places; give one of each for every image"
         )
-    for grid, pixels, (vision_row, begin) in zip(encoded.grids, patches, vision_slots, strict=True):
-        if len(pixels) != grid[0] * grid[1]:
-            raise ValueError(f"an image of {grid[0]} x {grid[1]} patches came with {len(pixels)}; cut it again")
-        if vision_row >= vision_rows or begin + len(pixels) > row_patches:
+    for grid, count, cut, (vision_row, begin) in zip(encoded.grids, counts, given, vision_slots, strict=True):
+        if cut != count:
+            raise ValueError(f"an image of {grid[0]} x {grid[1]} patches came with {cut}; cut it again")
+        if vision_row >= vision_rows or begin + count > row_patches:
             raise ValueError(
-                f"an image of {len(pixels)} patches at patch {begin} of vision row {vision_row} does not fit "
+                f"an image of {count} patches at patch {begin} of vision row {vision_row} does not fit "
                 f"{vision_rows} vision rows of {row_patches}; raise batch.vision_rows or batch.patches"
             )

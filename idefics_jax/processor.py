@@ -79,13 +79,25 @@ class Processor:
             trained.append(bool(parts) and not isinstance(parts[-1], Image) and parts[-1].trained)
         return Encoded(np.array(tokens, np.int32), np.array(trained, bool), tuple(images), tuple(grids))
 
-    def patches(self, encoded: Encoded) -> list[np.ndarray]:
-        """Decodes a document's images: uint8 [rows * columns, C] for each of `encoded.grids`; raises RejectedImage."""
-        return [
-            cut
-            for image in encoded.images
-            for cut in images_lib.image_patches(image.data, self._rules(image), image.upscale)
-        ]
+    def patches(self, encoded: Encoded, out: Sequence[np.ndarray] | None = None) -> list[np.ndarray]:
+        """Decodes a document's images.
+
+        Args:
+          encoded: the document.
+          out: arrays to write to, one for each of `encoded.grids`; by default new ones.
+
+        Returns:
+          uint8 [rows * columns, C] for each of `encoded.grids`.
+
+        Raises:
+          RejectedImage: an image is damaged; those before it are written then.
+        """
+        patches: list[np.ndarray] = []
+        for image in encoded.images:
+            rules, done = self._rules(image), len(patches)
+            places = None if out is None else out[done : done + rules.images_per_image]
+            patches += images_lib.image_patches(image.data, rules, image.upscale, out=places)
+        return patches
 
     def __call__(
         self, documents: Sequence[Sequence[Part]], *, pad_side: str, shape: BatchShape | None = None

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from idefics_jax import images
-from idefics_jax.batch import BatchShape, Encoded, batch_spec, empty_batch, place_document
+from idefics_jax.batch import BatchShape, Encoded, batch_spec, empty_batch, patch_places, place_document
 
 SHAPE = BatchShape(rows=2, tokens=8, vision_rows=2, patches=5, images=3, patch_dim=12)
 
@@ -53,6 +53,17 @@ def test_two_documents_share_a_row():
     assert batch["patch_positions"][0].tolist() == [across, [*images.position_ids(2, 2, 4).tolist(), 0]]
     assert batch["image_mask"][0].tolist() == [1, 1, 1]
     assert all(not array[1].any() for array in batch.values())
+
+
+def test_patches_may_be_in_their_places_before_the_document_is():
+    encoded, slots = document([1, 7, 7, 5], [False] * 4, (1, 2), (2, 2)), [(1, 3), (0, 1)]
+    wanted, batch = empty_batch(SHAPE), empty_batch(SHAPE)
+    place(wanted, encoded, vision_slots=slots)
+    for there, patches in zip(patch_places(batch, 0, encoded.grids, slots), pixels(encoded, 10), strict=True):
+        there[:] = patches
+    place(batch, encoded, vision_slots=slots, patches=None)
+    for name, array in wanted.items():
+        np.testing.assert_array_equal(batch[name], array)
 
 
 def test_a_document_trains_nothing_across_its_end():
