@@ -17,7 +17,16 @@ from idefics_jax.training.optimizer import OptimizerConfig
 
 DTYPES = ("float32", "bfloat16")
 # May differ when a run is resumed: they do not change what is learnt, but for rounding.
-FREE_ON_RESUME = ("log_every", "checkpoint_every", "keep_checkpoints", "mesh", "sharding")
+FREE_ON_RESUME = (
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "mesh",
+    "sharding",
+    "data.num_threads",
+    "data.prefetch",
+    "data.cache_mib",
+)
 
 
 @dataclasses.dataclass(frozen=True)

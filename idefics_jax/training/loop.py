@@ -97,7 +97,7 @@ def check_same_run(values: dict[str, Any], workdir: epath.Path) -> None:
     if not held or not path.exists():
         return
     lines = differences(json.loads(path.read_text()), json.loads(json.dumps(values)))
-    changed = [line for line in lines if re.split("[.:]", line)[0] not in FREE_ON_RESUME]
+    changed = [line for line in lines if not re.match(rf"({'|'.join(FREE_ON_RESUME)})[.:]", line)]
     if changed:
         raise UserError(
             f"{workdir} holds a run with other settings ({'; '.join(changed)}); give them as they were, or choose "
