@@ -46,6 +46,7 @@ def run(main: Callable[..., None], *, required: tuple[str, ...] = (), takes_comm
         processes.leave(1)
     except (Exception, KeyboardInterrupt) as error:
         if isinstance(error, OSError) and error.errno in PLACE_ERRORS:
+            processes.hold_back()
             where = f"{error.filename}: {error.strerror}"
             print(f"error: {where}; free some space or choose another folder", file=sys.stderr)
             processes.leave(USAGE_ERROR)

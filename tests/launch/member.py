@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from idefics_jax import commands, processes, sharding
 from idefics_jax.errors import UserError
 from idefics_jax.training.checkpoint import Checkpoints, with_shardings
+from idefics_jax.training.run import row_share
 from tests.idefics_jax.training.counting import Counting
 
 # Where a kernel [layers, embed, mlp], its moments and a bias lie.
@@ -56,6 +57,33 @@ def restore(workdir: str, layout: str) -> None:
     ]
     equal = all(all(same for _, same in theirs) for theirs in processes.from_all(parts))
     print(f"{layout} on {jax.device_count()} devices, a part {parts[-1][0]}, equal: {equal}", flush=True)
+
+
+def exchange() -> None:
+    """Tells what each process hears from the others, and which rows of 4 it reads on three meshes."""
+    own = jax.process_index()
+    heard = processes.from_all({"from": own, "text": "é" * 40 * own})
+    assert heard == [{"from": index, "text": "é" * 40 * index} for index in range(jax.process_count())]
+
+    def attempt():
+        if own == 1:
+            raise KeyError("only here")
+        return own
+
+    try:
+        processes.by_all(attempt)
+    except Exception as error:
+        met = f"{type(error).__name__}: {error}"
+    shares = []
+    for sizes in ({"data": 4}, {"fsdp": 2, "tensor": 2}, {"tensor": 4}):
+        share = row_share(sharding.make_mesh(sizes), 4)
+        shares.append([share.index, share.count, share.leads])
+    try:
+        row_share(sharding.make_mesh({"data": 4}), 6)
+    except UserError as error:
+        refused = str(error)
+    for index, said in enumerate(processes.from_all([met, shares, refused])):
+        print(index, *said, sep=" | ", flush=True)
 
 
 def fail(index: str) -> None:

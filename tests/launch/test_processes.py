@@ -128,6 +128,18 @@ def test_a_checkpoint_of_four_processes_is_restored_by_two_and_by_one_to_the_bit
     assert "[0] tensor on 1 devices, a part (2, 64, 32), equal: True" in said
 
 
+def test_processes_tell_each_other_what_they_hold_and_meet_and_deal_out_the_rows():
+    """Rows are split between processes, or shared by those that a mesh cuts the parameters alone between."""
+    status, said = finished(*MEMBER, "exchange", count=2, devices=2)
+    assert status == 0, said
+    refused = "data.shape.rows is 6; the mesh spreads them over 4 devices, so give a multiple"
+    shares = [[[0, 2, True], [0, 2, True], [0, 1, True]], [[1, 2, True], [1, 2, True], [0, 1, False]]]
+    assert said.splitlines() == [
+        f"[0] 0 | RuntimeError: 'only here' | {shares[0]} | {refused}",
+        f"[0] 1 | KeyError: 'only here' | {shares[1]} | {refused}",
+    ]
+
+
 @pytest.mark.parametrize(("number", "what"), [(signal.SIGKILL, "was ended by SIGKILL"), (signal.SIGSTOP, "is stopped")])
 def test_a_process_that_dies_or_freezes_ends_the_run_and_is_named(number, what):
     with launched(*MEMBER, "beat", count=2, devices=1) as group:
