@@ -190,6 +190,10 @@ def test_a_mistake_is_one_sentence_whoever_meets_it():
         assert said.splitlines()[0] == f"[{told_by}] error: mend process {index}"
         assert re.fullmatch(rf"error: process {told_by} of 2 .* ended with status 2; .*", said.splitlines()[1])
         assert len(said.splitlines()) == 2
+    assert finished("pyhton", count=2, devices=1) == (
+        2,
+        "error: there is no program 'pyhton'; write the command as in a shell, as python -m MODULE\n",
+    )
 
 
 def test_a_signal_is_passed_on_once_and_the_second_kills():
