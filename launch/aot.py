@@ -99,7 +99,7 @@ def estimated(compiled: Compiled, config: TrainConfig, rows: Rows, where: slices
     chips = where.chips * where.count
     return Estimate(
         compute=cost.cycles / chip.clock,
-        kernels=sum(kernels.cycles(cost.kernels, blocks, sizes, chip.cores).values()) / chip.clock,
+        kernels=sum(kernels.cycles(cost.kernels, blocks, sizes, where.generation).values()) / chip.clock,
         collectives=estimate.exposed_seconds(cost, where),
         needed=sum(step_flops(sizes, work, Trained.of(compiled.plan.state["trainable"])).values()),
         done=compiled.traced + chips * kernels.flops(cost.kernels, blocks, sizes),
@@ -128,7 +128,7 @@ def report(compiled: Compiled, config: TrainConfig, rows: Rows, where: slices.Sl
             ["compiler's cycles", found.compute],
             *(
                 [f"attention kernels, {part}", own / chip.clock]
-                for part, own in kernels.cycles(cost.kernels, blocks, sizes, chip.cores).items()
+                for part, own in kernels.cycles(cost.kernels, blocks, sizes, where.generation).items()
             ),
             ["collectives that nothing hides", found.collectives],
             ["collectives beside computation (not added)", estimate.hidden_seconds(cost, where)],

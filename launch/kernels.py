@@ -13,12 +13,18 @@ import numpy as np
 from idefics_jax.config import Idefics2Config
 from idefics_jax.flash_attention import BLOCK, active_blocks
 from idefics_jax.visibility import Visibility
+from launch.chips import CHIPS
 from launch.program import Kernel
 from launch.workload import Rows
 
-# Cycles that one core takes for a block of 256 x 256 pairs of one head, by the schedule libtpu writes for a v5e at
-# head dim 72. The vector units set them, not the products, so wider heads up to 128 take about the same.
-CYCLES = {"flash_attention_forward": 415, "flash_attention_backward": 840}
+# Cycles that one core takes for a block of 256 x 256 pairs of one head, by the schedule that libtpu writes
+# (benchmarks/kernel_schedule.py): the middle of what it takes at least and at most, at the released model's widest and
+# narrowest heads, 72 and 128, which differ by less than 10 per cent.
+CYCLES = {
+    "v4": {"flash_attention_forward": 630, "flash_attention_backward": 1260},
+    "v5e": {"flash_attention_forward": 420, "flash_attention_backward": 810},
+    "v5p": {"flash_attention_forward": 410, "flash_attention_backward": 800},
+}
 # Operations a pair and a number of a head's width: two products forward, five backward.
 OPERATIONS = {"flash_attention_forward": 4, "flash_attention_backward": 10}
 
@@ -59,18 +65,19 @@ def part_of(kernel: Kernel, config: Idefics2Config) -> str:
         config.perceiver_config.resampler_head_dim: "connector",
         config.text_config.head_dim: "text_model",
     }
-    if kernel.name not in CYCLES or len(kernel.shape) != 4 or kernel.shape[2] not in widths:
+    if kernel.name not in OPERATIONS or len(kernel.shape) != 4 or kernel.shape[2] not in widths:
         raise ValueError(f"nothing is known of the time of kernel {kernel.name} with result {kernel.shape}")
     return widths[kernel.shape[2]]
 
 
-def cycles(kernels: Sequence[Kernel], blocks: Blocks, config: Idefics2Config, cores: int) -> dict[str, float]:
-    """Returns the cycles that kernels take on each device, by part of the model; `cores` share a device's heads."""
+def cycles(kernels: Sequence[Kernel], blocks: Blocks, config: Idefics2Config, generation: str) -> dict[str, float]:
+    """Returns the cycles that kernels take on each device, by part of the model."""
     found: dict[str, float] = {}
+    each = CYCLES[generation]
     for kernel in kernels:
         part = part_of(kernel, config)
         rows, heads = kernel.shape[:2]
-        own = kernel.count * rows * heads * blocks.by_part[part] * CYCLES[kernel.name] / cores
+        own = kernel.count * rows * heads * blocks.by_part[part] * each[kernel.name] / CHIPS[generation].cores
         found[part] = found.get(part, 0.0) + own
     return found
 
