@@ -25,7 +25,7 @@ def traced_flops(jaxpr: Any) -> float:
         elif name != "pallas_call":
             times = params["length"] if name == "scan" else 1
             if name == "shard_map":  # shapes within are those of one device, along the axes that it names
-                times = math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"])
+                times = math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
             total += times * sum(traced_flops(inner) for inner in _inner(params))
     return total
 
