@@ -77,7 +77,7 @@ def plan(config: TrainConfig) -> Plan:
     (params, axes), dtype = abstract_params(sizes), jnp.dtype(config.frozen_dtype)
     try:
         parts = jax.eval_shape(lambda tree: starting_adapters(config, tree), params)
-        adapters = partition.combine(*parts)
+        adapters = jax.eval_shape(partition.combine, *parts)  # in the order in which a run has them
         chosen = partition.choose(params, adapters, config.partition)
         base, frozen = partition.split(params, chosen)
         frozen = jax.eval_shape(lambda tree: quantize.cast(quantize.quantize(tree, config.quantize), dtype), frozen)
