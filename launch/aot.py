@@ -8,12 +8,13 @@ The step is the one that training runs, with its mesh, shardings and donation, c
 (libtpu, requirements-test.txt). Step seconds are the cycles it expects, the time of our kernels reckoned from the
 blocks they compute (kernels.py), and that of collectives which nothing hides. MFU counts what the algorithm needs for
 real tokens and patches (flops.py), HFU what the program does. `--trained_in_full` compiles the same step with every
-parameter trained, as published figures are. `--search` tries the remat policies, cheapest first, with ever larger
-batches. No weight or data is read: documents have the sizes of benchmarks/stage_mixes.py, or with `--full_rows` fill
+parameter trained, as published figures are. `--search` tries the remat policies, cheapest first, with ever more rows
+a device. No weight or data is read: documents have the sizes of benchmarks/stage_mixes.py, or with `--full_rows` fill
 their rows.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ from benchmarks.report import print_table, write_json
 from idefics_jax import commands, sharding
 from idefics_jax.batch import BatchShape, batch_spec
 from idefics_jax.models.idefics2 import Idefics2
+from idefics_jax.stack import REMAT_POLICIES
 from idefics_jax.training.config import TrainConfig
 from idefics_jax.training.plan import Plan, plan
 from idefics_jax.training.step import make_train_step
@@ -188,6 +190,56 @@ def check(values: Any, slice_name: str, *, rows: Rows | None) -> dict[str, float
         return {"fits": False} | ({"peak_gib": gib(error.bytes_wanted)} if error.bytes_wanted else {})
 
 
+def search(values: Any, slice_name: str, *, rows: Rows | None) -> dict[str, float]:
+    """Finds for each remat policy, the one that recomputes least first, the most rows a device that fit at once.
+
+    Rows are doubled until a step does not fit, without accumulation; each try is a compilation. Prints and returns what
+    was found.
+    """
+    where = slices.find(slice_name)
+    rows = packed_rows(values) if rows is None else rows
+    ways = sharding.make_mesh(values.mesh.to_dict(), program.slice_devices(slice_name)).size
+    ways //= values.mesh.get("tensor", 1)
+    found = {}
+    for policy in REMAT_POLICIES:
+        largest = doubled(lambda count, policy=policy: _try(values, slice_name, policy, count * ways, rows, where))
+        found |= {policy: (largest[0], *largest[1])} if largest else {}
+    print_table(
+        ["remat", "rows a device", "peak GiB", "step s", "MFU", "rows a second and chip"],
+        [
+            [policy, count, peak, it.seconds, it.mfu, count * ways / it.seconds / it.chips]
+            for policy, (count, it, peak) in found.items()
+        ],
+    )
+    return {f"rows_a_device_{policy}": count for policy, (count, _, _) in found.items()}
+
+
+def doubled(tried: Callable[[int], Any]) -> tuple[int, Any] | None:
+    """Returns the last of 1, 2, 4, ... up to which `tried` gives something, and what it gave."""
+    count, found = 1, None
+    while (result := tried(count)) is not None:
+        count, found = 2 * count, (count, result)
+    return found
+
+
+def _try(
+    values: Any, slice_name: str, policy: str, count: int, rows: Rows, where: slices.Slice
+) -> tuple[Estimate, float] | None:
+    """Returns the estimate and the peak GiB of a step of so many rows, or None where it does not fit."""
+    tried = values.copy_and_resolve_references()
+    with tried.unlocked():
+        tried.remat, tried.accumulation = policy, 1
+        tried.data.shape.rows = tried.data.virtual_shards = count
+    config = TrainConfig.from_config_dict(tried.to_dict())
+    try:
+        compiled = compile_step(config, slice_name)
+    except DoesNotFit as error:
+        print(f"remat {policy!r}, {count} rows: {error}", flush=True)
+        return None
+    print(f"remat {policy!r}, {count} rows: {gib(compiled.cost.peak_bytes):.2f} GiB", flush=True)
+    return estimated(compiled, config, rows, where), gib(compiled.cost.peak_bytes)
+
+
 def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # with libtpu installed JAX would look for a TPU
     values = _CONFIG.value
@@ -195,7 +247,7 @@ def main() -> None:
         with values.unlocked():
             values.update(IN_FULL)
     rows = full_rows(BatchShape(**values.data.shape)) if _FULL_ROWS.value else None
-    numbers = check(values, _SLICE.value, rows=rows)
+    numbers = (search if _SEARCH.value else check)(values, _SLICE.value, rows=rows)
     write_json(numbers)
 
 

@@ -34,6 +34,11 @@ def test_a_recipe_is_compiled_for_a_slice_of_each_generation(name, capsys):
     assert "collectives that nothing hides" in said
 
 
+@pytest.mark.parametrize(("room", "largest"), [(0, None), (1, (1, "1 fit")), (5, (4, "4 fit")), (8, (8, "8 fit"))])
+def test_a_search_doubles_until_it_does_not_fit(room, largest):
+    assert aot.doubled(lambda count: f"{count} fit" if count <= room else None) == largest
+
+
 def test_a_step_that_does_not_fit_is_told_with_what_it_wants(capsys):
     config = recipe(8)
     config.data.shape.rows = 8 * 2**16
