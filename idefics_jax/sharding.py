@@ -3,6 +3,12 @@
 Parameters and activations carry logical names (t5x's words); a preset of RULES says which mesh axis each name is
 cut along. One device is a mesh too, so there is one code path. `use_mesh` is the only way in: `with mesh:` silently
 drops every constraint in this Flax.
+
+    data           every device holds all parameters and its own rows; gradients of what trains are summed
+    fsdp           parameters are cut over `fsdp` and gathered, layer by layer, where they are used
+    fsdp_tensor    and within a layer over `tensor`: heads, widths between products, logits
+
+Each goes with any number of slices: the mesh's first axis is one more along which rows are dealt out.
 """
 
 import contextlib
@@ -13,14 +19,18 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from idefics_jax.errors import UserError
 
-MESH_AXES = ("data", "fsdp", "tensor")
+# From the slowest network to the fastest: slices are joined by the data centre's, all else by the links between chips.
+# Only gradients of what trains pass between slices, and between groups along `data`.
+MESH_AXES = ("slice", "data", "fsdp", "tensor")
+_ROWS = ("slice", "data", "fsdp")
 
 _ACTIVATIONS = {
-    "act_batch": ("data", "fsdp"),
+    "act_batch": _ROWS,
     "act_length": None,
     "act_patches": None,
     "act_embed": None,
@@ -60,20 +70,36 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
     """Builds the mesh; a size of -1 takes what the other axes leave.
 
     Args:
-      sizes: size of each of MESH_AXES; an axis left out has size 1.
+      sizes: size of each of MESH_AXES; an axis left out has size 1, and `slice` as many as the devices lie in.
       devices: the devices to use, by default all.
 
     Raises:
-      UserError: an unknown axis, more than one -1, or sizes that do not multiply to the number of devices.
+      UserError: an unknown axis, more than one -1, sizes that do not multiply to the number of devices, or another
+        number of slices than there are.
     """
     devices = jax.devices() if devices is None else devices
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    sizes = {"slice": slices, **sizes}
     fixed = fixed_devices(sizes)
     shape = [sizes.get(axis, 1) for axis in MESH_AXES]
     if -1 in shape:
         shape[shape.index(-1)] = len(devices) // fixed
     if math.prod(shape) != len(devices):
         raise UserError(f"mesh sizes {dict(sizes)} do not fit {len(devices)} device(s); their product must be that")
-    return Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    if slices > 1 and shape[0] != slices:
+        raise UserError(f"mesh.slice is {shape[0]}, and the devices lie in {slices} slices; leave it out")
+    return Mesh(_arranged(devices, shape, slices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _arranged(devices: list[jax.Device], shape: list[int], slices: int) -> np.ndarray:
+    """Returns the devices in the mesh's shape: on TPU so that an axis runs along links, and slices lie apart."""
+    if devices[0].platform != "tpu":
+        return np.asarray(devices).reshape(shape)
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_hybrid_device_mesh(
+        (1, *shape[1:]), (slices, 1, 1, 1), devices, allow_split_physical_axes=True
+    )
 
 
 def fixed_devices(sizes: Mapping[str, int]) -> int:
@@ -168,5 +194,34 @@ def is_names(x: Any) -> bool:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch are spread over the data and fsdp axes."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    """Rows of a batch are spread over every axis but `tensor`."""
+    return NamedSharding(mesh, PartitionSpec(_ROWS))
+
+
+def table(mesh: Mesh, shapes: Mapping[str, Any], axes: Mapping[str, Any], rules: Mapping[str, Any]) -> str:
+    """Returns a line for every leaf, with their sum: where it lies and what it takes of each device.
+
+    Args:
+      mesh: from make_mesh.
+      shapes: {path: array or shape}.
+      axes: {path: logical names}.
+      rules: a preset of RULES.
+
+    Returns:
+      Columns path, shape, logical axes, spec, MiB on each device.
+    """
+    rows, total = [("parameter", "shape", "logical axes", "spec", "MiB a device")], 0
+    for path, leaf in shapes.items():
+        placed = NamedSharding(mesh, spec(axes[path], rules))
+        size = math.prod(placed.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        names, cut = (", ".join(map(_word, part)) for part in (axes[path], placed.spec))
+        rows.append((path, "x".join(map(str, leaf.shape)), names, cut, f"{size / 2**20:.3f}"))
+        total += size
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    return "\n".join([*lines, f"{total / 2**20:,.1f} MiB on each of {mesh.size} device(s): {sizes}"])
+
+
+def _word(axis: Any) -> str:
+    return "-" if axis is None else axis if isinstance(axis, str) else "+".join(axis)

@@ -149,7 +149,7 @@ def start(
     Returns:
       State and frozen parameters, restored, with the data's position, or new; and Progress.state of the stopped run.
     """
-    print(run.table, flush=True)
+    print(f"{run.table}\n\n{run.layout}", flush=True)
     restored = checkpoints.restore(run.abstract_state, data)
     if restored is None:
         checkpoints.save_frozen(frozen)

@@ -35,6 +35,7 @@ class Run:
       mesh: where it runs.
       optimizer: the gradient transformation.
       table: every leaf with its shape, dtype, state, learning rate and decay, as text.
+      layout: every leaf with its logical axes, where they lie on the mesh and what a device holds of it, as text.
       abstract_state, abstract_frozen: shapes and shardings, for a restore.
       step: jitted `(state, frozen, batch) -> (state, metrics)`; the state is donated.
     """
@@ -45,6 +46,7 @@ class Run:
     mesh: Mesh
     optimizer: optax.GradientTransformation
     table: str
+    layout: str
     abstract_state: dict[str, Any]
     abstract_frozen: dict[str, Any]
     step: Callable
@@ -148,6 +150,10 @@ def assemble(config: TrainConfig, mesh: Mesh) -> tuple[Run, dict[str, Any], dict
         seed=config.seed,
         max_skipped=config.max_skipped_steps,
     )
+    leaves = ((base, trainable_axes["params"]), (frozen, quantize.axes(axes, frozen)), (adapters, names))
+    flat_shapes, flat_axes = (
+        {path: leaf for pair in leaves for path, leaf in paths.flatten(pair[i]).items()} for i in range(2)
+    )
     run = Run(
         config=config,
         model_config=sizes,
@@ -155,6 +161,7 @@ def assemble(config: TrainConfig, mesh: Mesh) -> tuple[Run, dict[str, Any], dict
         mesh=mesh,
         optimizer=optimizer,
         table=partition.table(partition.combine(base, frozen), adapters, chosen, rates),
+        layout=sharding.table(mesh, flat_shapes, flat_axes, rules),
         abstract_state=with_shardings(state_shapes, state_places),
         abstract_frozen=with_shardings(frozen, frozen_places),
         step=jax.jit(step, donate_argnums=0, out_shardings=(state_places, None)),
