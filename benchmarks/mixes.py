@@ -100,7 +100,7 @@ MIXES = {
         images=2.5,
         text=815,
         text_spread=0.9,
-        shape=BatchShape(rows=1, tokens=4096, vision_rows=4, patches=5504, images=32),
+        shape=BatchShape(rows=1, tokens=4096, vision_rows=4, patches=5632, images=32),
     ),
     # Scanned pages and the text on them. Mean of 3,632 patches.
     "documents": Mix(
@@ -111,6 +111,6 @@ MIXES = {
         images=1,
         text=450,
         text_spread=0.7,
-        shape=BatchShape(rows=1, tokens=2048, vision_rows=2, patches=7296, images=8),
+        shape=BatchShape(rows=1, tokens=2048, vision_rows=2, patches=7424, images=8),
     ),
 }

@@ -9,7 +9,7 @@ that no row holds are told in the third column.
 Row shapes of the mixes are ones a TPU would run. Tokens are of the paper's order (sequences of 2,048; 4,096 for web
 pages, whose tail is long). Vision rows are multiples of 128, the block of the attention kernels, and short, because
 attention is paid for every pair of patches within one: they hold three photographs (4,736), the largest image and a
-small one (5,504), or two pages of 70 x 52 patches (7,296). Their number follows from the mix's patches per token.
+small one (5,632), or two pages of 70 x 53 patches (7,424). Their number follows from the mix's patches per token.
 
 Columns: documents rejected because no row holds them; useful share of tokens and of patches; pairs of patches that
 attention computes over pairs within an image; rows a second that one core packs; and the useful shares where each
@@ -35,7 +35,7 @@ from idefics_jax import commands
 from idefics_jax.batch import BatchShape
 from idefics_jax.processor import Processor
 
-_ROWS = flags.DEFINE_integer("rows", 500, "rows to pack of each mix", lower_bound=1)
+_ROWS = flags.DEFINE_integer("rows", 1500, "rows to pack of each mix", lower_bound=1)
 
 LOOKAHEAD = 512
 ROUNDS = 40
