@@ -114,25 +114,33 @@ def make_train_step(
     def step(state: State, frozen: Any, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         rng = jax.random.fold_in(jax.random.key(seed), state["step"])
         (loss, accuracy), grads = gradients(state["trainable"], frozen, batch, rng)
-        grad_norms = norms(grads, "grad_norm")
-        running = state["halted_at"] == RUNNING
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norms["grad_norm"])
-        updates, opt_state = optimizer.update(grads, state["opt_state"], state["trainable"])
-        new = {"trainable": optax.apply_updates(state["trainable"], updates), "opt_state": opt_state}
-        # Decided before the update is known, so that one pass over the state makes and keeps it.
-        new = jax.tree.map(lambda a, b: jnp.where(running & finite, a, b), new, {name: state[name] for name in new})
-        skipped = state["skipped"] + (running & ~finite)
-        update_norms = norms(updates, "update_norm")
-        # A finite gradient that gives an update which is not leaves nothing to go on from.
-        broken = finite & ~jnp.isfinite(update_norms["update_norm"])
-        halts = running & ((skipped > max_skipped) | broken)
-        new["step"] = state["step"] + (running & ~halts)
-        new["skipped"] = skipped
-        new["halted_at"] = jnp.where(halts, state["step"], state["halted_at"])
-        metrics = {"step": state["step"], "loss": loss, "accuracy": accuracy, "skipped": running & ~finite & ~halts}
-        return new, {**metrics, "halted_at": new["halted_at"], **grad_norms, **update_norms, **batch_counts(batch)}
+        new, metrics = advance(state, loss, grads, optimizer, max_skipped=max_skipped)
+        return new, {"accuracy": accuracy, **metrics, **batch_counts(batch)}
 
     return step
+
+
+def advance(
+    state: State, loss: jax.Array, grads: dict[str, Any], optimizer: optax.GradientTransformation, *, max_skipped: int
+) -> tuple[State, dict[str, jax.Array]]:
+    """Returns the state after a step with a loss and its gradients, if they are finite, and the step's own metrics."""
+    grad_norms = norms(grads, "grad_norm")
+    running = state["halted_at"] == RUNNING
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norms["grad_norm"])
+    updates, opt_state = optimizer.update(grads, state["opt_state"], state["trainable"])
+    new = {"trainable": optax.apply_updates(state["trainable"], updates), "opt_state": opt_state}
+    # Decided before the update is known, so that one pass over the state makes and keeps it.
+    new = jax.tree.map(lambda a, b: jnp.where(running & finite, a, b), new, {name: state[name] for name in new})
+    skipped = state["skipped"] + (running & ~finite)
+    update_norms = norms(updates, "update_norm")
+    # A finite gradient that gives an update which is not leaves nothing to go on from.
+    broken = finite & ~jnp.isfinite(update_norms["update_norm"])
+    halts = running & ((skipped > max_skipped) | broken)
+    new["step"] = state["step"] + (running & ~halts)
+    new["skipped"] = skipped
+    new["halted_at"] = jnp.where(halts, state["step"], state["halted_at"])
+    metrics = {"step": state["step"], "loss": loss, "skipped": running & ~finite & ~halts}
+    return new, {**metrics, "halted_at": new["halted_at"], **grad_norms, **update_norms}
 
 
 def norms(trainable: dict[str, Any], name: str) -> dict[str, jax.Array]:
