@@ -11,7 +11,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from idefics_jax import commands, processes, sharding
 from idefics_jax.errors import UserError
 from idefics_jax.training.checkpoint import Checkpoints, with_shardings
-from idefics_jax.training.run import row_share
 from tests.idefics_jax.training.counting import Counting
 
 # Where a kernel [layers, embed, mlp], its moments and a bias lie.
@@ -61,6 +60,8 @@ def restore(workdir: str, layout: str) -> None:
 
 def exchange() -> None:
     """Tells what each process hears from the others, and which rows of 4 it reads on three meshes."""
+    from idefics_jax.training.run import row_share
+
     own = jax.process_index()
     heard = processes.from_all({"from": own, "text": "é" * 40 * own})
     assert heard == [{"from": index, "text": "é" * 40 * index} for index in range(jax.process_count())]
@@ -99,6 +100,19 @@ def beat() -> None:
         processes.wait_for_all(f"beat {beat}")
         print(f"beat {beat}", flush=True)
         time.sleep(0.05)
+
+
+def steps() -> None:
+    """Steps until a signal comes to any of the processes, and tells at which step each stopped."""
+    from idefics_jax.training.loop import stop_on_signal  # slow to import, and for one test alone
+
+    step = 0
+    with stop_on_signal() as stopping:
+        while not stopping(step):
+            print(f"step {step}", flush=True)
+            time.sleep(0.05)
+            step += 1
+    print("stopped at", *processes.from_all(step)[:1], "and", *processes.from_all(step)[1:], flush=True)
 
 
 def main(command: list[str]) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -74,37 +75,54 @@ def values(tmp_path_factory):
     values["data"]["shape"]["rows"] = values["data"]["virtual_shards"] = 4
     for part in ("vision_config", "text_config"):
         values["model"][part]["num_hidden_layers"] = 1
-    values |= {"steps": 3, "log_every": 1, "mesh": {"data": -1, "fsdp": 1, "tensor": 1}, "sharding": "fsdp_tensor"}
+    values |= {
+        "steps": 3,
+        "log_every": 1,
+        "checkpoint_every": 1,
+        "keep_checkpoints": 3,
+        "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+        "sharding": "fsdp_tensor",
+    }
     return values
 
 
-def test_stopped_on_one_mesh_and_ended_on_another_a_run_is_that_of_one_device(values, tmp_path):
-    """Stopped on 2 x 2 devices by a signal to one process, ended on 2 x 1 that both hold all rows: but for rounding
-    nothing changes."""
+def test_a_run_that_two_processes_go_on_with_is_that_of_one_device(values, tmp_path):
+    """Begun on one device, ended on two that both hold all rows and half of every kernel: the same but for rounding.
+
+    What both save of the data's position is that of the one, to the bit.
+    """
     workdir, alone = epath.Path(tmp_path / "run"), epath.Path(tmp_path / "alone")
     train(TrainConfig.from_config_dict(values), values, alone)
-    command = ["python", "-m", "idefics_jax.train", "--config", str(small_run.config_file(values, tmp_path))]
-    command += ["--workdir", str(workdir)]
-    with launched(*command, "--config.mesh.fsdp=2", "--config.mesh.tensor=2", count=2, devices=2) as group:
-        until(group.stdout, "of them trainable")
-        os.kill(member(group, 1), signal.SIGTERM)
-        assert re.search(r"^\[0\] stopped and saved", group.stdout.read(), re.M)
-    assert group.returncode == 0
-    assert not (workdir / "model").exists()
-    status, said = finished(*command, "--config.mesh.data=1", "--config.mesh.tensor=2", count=2, devices=1)
+    shutil.copytree(alone, workdir)
+    for later in ("model", "checkpoints/2", "checkpoints/3", "data_position"):
+        shutil.rmtree(workdir / later)
+    command = ["python", "-m", "idefics_jax.train", f"--config={small_run.config_file(values, tmp_path)}"]
+    command += [f"--workdir={workdir}", "--config.mesh.data=1", "--config.mesh.tensor=2"]
+    status, said = finished(*command, count=2, devices=1)
     assert status == 0, said
-    assert "[0] resumed after step" in said
-    assert "[1] step" not in said
+    assert "[0] resumed after step 1" in said
+    assert "[1]" not in said
     for ours, theirs in zip(
         read_metrics(workdir / "metrics.jsonl"), read_metrics(alone / "metrics.jsonl"), strict=True
     ):
         measured = {name for name in theirs if not name.startswith("perf/")}
         np.testing.assert_allclose([ours[n] for n in measured], [theirs[n] for n in measured], rtol=1e-5, atol=1e-5)
-    for file in (alone / "data_position").iterdir():
-        assert (workdir / "data_position" / file.name).read_text() == file.read_text()
+    for folder in ("data_position", "checkpoints/2/data", "checkpoints/3/data"):
+        for file in (alone / folder).glob("*.json"):
+            assert (workdir / folder / file.name).read_text() == file.read_text()
     trained, wanted = (paths.flatten(load_model(folder / "model")[0]) for folder in (workdir, alone))
     for path, leaf in wanted.items():
         np.testing.assert_allclose(trained[path], leaf, atol=1e-5, err_msg=path)
+
+
+def test_a_signal_to_one_process_stops_all_at_the_same_step():
+    with launched(*MEMBER, "steps", count=2, devices=1) as group:
+        until(group.stdout, "step 1$")
+        os.kill(member(group, 1), signal.SIGTERM)
+        said = group.stdout.read()
+    assert group.returncode == 0
+    first, second = re.search(r"^\[0\] stopped at (\d+) and (\d+)$", said, re.M).groups()
+    assert first == second
 
 
 def test_processes_that_do_not_share_the_work_directory_are_told_so(values, tmp_path):
