@@ -7,14 +7,20 @@
 The step is the one that training runs, with its mesh, shardings and donation, compiled by the slice's own compiler
 (libtpu, requirements-test.txt). Step seconds are the cycles it expects, the time of our kernels reckoned from the
 blocks they compute (kernels.py), and that of collectives which nothing hides. MFU counts what the algorithm needs for
-real tokens and patches (flops.py), HFU what the program does. `--trained_in_full` compiles the same step with every
-parameter trained, as published figures are. `--search` tries the remat policies, cheapest first, with ever more rows
-a device. No weight or data is read: documents have the sizes of benchmarks/stage_mixes.py, or with `--full_rows` fill
-their rows.
+real tokens and patches (flops.py), HFU what the program does. `--trained_in_full` compiles
+the same step with every parameter trained, as published figures are. `--fits_only` stops at memory and collectives:
+most of the compiler's time goes into code that nothing here runs. `--search` tries the remat policies, cheapest first,
+with ever more rows a device. No weight or data is read: documents have the sizes of benchmarks/stage_mixes.py, or with
+`--full_rows` fill their rows.
 """
 
 import dataclasses
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,6 +30,7 @@ from absl import flags
 from benchmarks.report import print_table, write_json
 from idefics_jax import commands, sharding
 from idefics_jax.batch import BatchShape, batch_spec
+from idefics_jax.errors import UserError
 from idefics_jax.models.idefics2 import Idefics2
 from idefics_jax.stack import REMAT_POLICIES
 from idefics_jax.training.config import TrainConfig
@@ -40,6 +47,8 @@ from launch.workload import Rows, full_rows, packed_rows
 _CONFIG = commands.define_config(None, "what to train, configs/NAME.py[:argument]")
 _SLICE = flags.DEFINE_string("slice", None, "TPU slice, as v5p-128 or 2xv5e-256")
 _SEARCH = flags.DEFINE_boolean("search", False, "find the largest batch and the cheapest remat policy that fit")
+_FITS_ONLY = flags.DEFINE_boolean("fits_only", False, "stop at memory and collectives, known in a tenth of the time")
+_DUMP_TO = flags.DEFINE_string("dump_to", None, "folder for what the compiler writes of its program as it goes")
 _IN_FULL = flags.DEFINE_boolean("trained_in_full", False, "train every parameter instead of what the recipe trains")
 _FULL_ROWS = flags.DEFINE_boolean("full_rows", False, "take rows as full of one document and one image a vision row")
 
@@ -63,8 +72,8 @@ class Compiled:
     traced: float
 
 
-def compile_step(config: TrainConfig, slice_name: str) -> Compiled:
-    """Compiles the training step of a recipe.
+def compile_step(config: TrainConfig, slice_name: str, dump_to: str | None = None) -> Compiled:
+    """Compiles the training step of a recipe; `dump_to` is a folder that the compiler writes its program to.
 
     Raises:
       DoesNotFit: it takes more memory than a chip has.
@@ -89,8 +98,9 @@ def compile_step(config: TrainConfig, slice_name: str) -> Compiled:
             max_skipped=config.max_skipped_steps,
         )
         places = jax.tree.map(lambda x: x.sharding, state)
+        options = program.OPTIONS | ({"xla_dump_to": dump_to, "xla_dump_hlo_as_text": True} if dump_to else {})
         traced = jax.jit(step, donate_argnums=0, out_shardings=(places, None)).trace(state, frozen, batch)
-        return Compiled(planned, program.compiled_cost(traced.lower(), program.OPTIONS), traced_flops(traced.jaxpr))
+        return Compiled(planned, program.compiled_cost(traced.lower(), options), traced_flops(traced.jaxpr))
 
 
 def estimated(compiled: Compiled, config: TrainConfig, rows: Rows, where: slices.Slice) -> Estimate:
@@ -158,6 +168,35 @@ def report(compiled: Compiled, config: TrainConfig, rows: Rows, where: slices.Sl
     }
 
 
+def fits(arguments: list[str]) -> dict[str, float]:
+    """Compiles in a process of its own until memory and collectives are known, prints and returns them.
+
+    Args:
+      arguments: of this command.
+
+    Raises:
+      UserError: what the other process says, if it ends before.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "launch.aot", *arguments, "--nofits_only", f"--dump_to={folder}"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            try:
+                while (found := program.dumped(Path(folder), "jit_step")) is None and process.poll() is None:
+                    time.sleep(0.5)
+            finally:
+                process.kill()
+            said, wrong = process.communicate()
+    if found is None:
+        if "it does not fit" not in said:
+            raise UserError(f"the compiler ended without a word of memory: {wrong.strip().splitlines()[-1:] or said}")
+        error = DoesNotFit(said.partition("it does not fit: ")[2])
+        print(error)
+        return {"fits": False} | ({"peak_gib": gib(error.bytes_wanted)} if error.bytes_wanted else {})
+    print(f"fits: {gib(found[0]):.2f} GiB a device\n")
+    print_collectives(found[1])
+    return {"fits": True, "peak_gib": gib(found[0])}
+
+
 def print_collectives(collectives: tuple[Collective, ...]) -> None:
     """Prints the sums of each kind, and the few that move most."""
     rows = []
@@ -184,7 +223,7 @@ def check(values: Any, slice_name: str, *, rows: Rows | None) -> dict[str, float
     config, where = TrainConfig.from_config_dict(values.to_dict()), slices.find(slice_name)
     rows = packed_rows(values) if rows is None else rows
     try:
-        return report(compile_step(config, slice_name), config, rows, where)
+        return report(compile_step(config, slice_name, _DUMP_TO.value), config, rows, where)
     except DoesNotFit as error:
         print(error)
         return {"fits": False} | ({"peak_gib": gib(error.bytes_wanted)} if error.bytes_wanted else {})
@@ -247,7 +286,10 @@ def main() -> None:
         with values.unlocked():
             values.update(IN_FULL)
     rows = full_rows(BatchShape(**values.data.shape)) if _FULL_ROWS.value else None
-    numbers = (search if _SEARCH.value else check)(values, _SLICE.value, rows=rows)
+    if _FITS_ONLY.value:
+        numbers = fits(sys.argv[1:])
+    else:
+        numbers = (search if _SEARCH.value else check)(values, _SLICE.value, rows=rows)
     write_json(numbers)
 
 

@@ -12,6 +12,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -171,6 +172,24 @@ def compiled_cost(lowered: jax.stages.Lowered, options: dict[str, str]) -> Cost:
         collectives=read.collectives(),
         kernels=read.kernels(),
     )
+
+
+def dumped(folder: Path, module: str) -> tuple[int, tuple[Collective, ...]] | None:
+    """Reads what the compiler has written of a program so far (xla_dump_to): peak bytes and collectives, or None.
+
+    They are known long before code is made of the program, and only with that come cycles.
+
+    Args:
+      folder: that it writes to.
+      module: name of the program, jit_NAME.
+    """
+    reports = list(folder.glob(f"*{module}.*after_optimizations-memory-usage-report.txt"))
+    texts = list(folder.glob(f"*{module}.*after_optimizations_after_buffer_assignment.txt"))
+    if not reports or not texts:
+        return None
+    total = re.search(r"Memory Space: default.*\nTotal bytes: (\d+)", reports[0].read_text())
+    text = texts[0].read_text()
+    return (int(total[1]), Text(text).collectives()) if total and text.rstrip().endswith("}") else None
 
 
 class Text:

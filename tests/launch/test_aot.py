@@ -3,7 +3,7 @@
 import pytest
 
 from configs.idefics2_8b import stage1
-from launch import aot, slices
+from launch import aot, program, slices
 from tests.launch import tiny_recipes
 
 NUMBERS = ("fits", "peak_gib", "estimated_mfu", "estimated_step_seconds")
@@ -46,3 +46,13 @@ def test_a_step_that_does_not_fit_is_told_with_what_it_wants(capsys):
     assert not found["fits"]
     assert found["peak_gib"] > 15.75
     assert "it does not fit" in capsys.readouterr().out
+
+
+def test_what_the_compiler_writes_as_it_goes_tells_memory_and_collectives(tmp_path):
+    config = recipe(8)
+    compiled = aot.compile_step(aot.TrainConfig.from_config_dict(config.to_dict()), "v5e-8", str(tmp_path))
+    peak, collectives = program.dumped(tmp_path, "jit_step")
+    # It counts constants and what calls take, a page at least each; of a large program both are nothing.
+    assert compiled.cost.peak_bytes <= peak < compiled.cost.peak_bytes + 2**21
+    assert collectives == compiled.cost.collectives
+    assert program.dumped(tmp_path, "jit_other") is None
