@@ -22,9 +22,10 @@ from pathlib import Path
 
 from absl import flags
 
-from benchmarks import fuzz_targets, report
+from benchmarks import fuzz_targets
 from idefics_jax import commands
 from idefics_jax.errors import UserError
+from launch import report
 
 _SECONDS = flags.DEFINE_float("seconds", 60.0, "how long, all targets together", lower_bound=0.0)
 _TARGET = flags.DEFINE_multi_string("target", [], "targets to read, all by default; may be given more than once")

@@ -2,9 +2,9 @@
 
     python -m benchmarks.packing [--json FILE]
 
-Three size mixes stand for published data (mixes.py); then comes the embedded data, encoded by its own processor, and
-the mixture of each of the paper's stages in its own rows (stage_mixes.py). The first four have no cutting: documents
-that no row holds are told in the third column.
+Three size mixes stand for published data (launch/mixes.py); then comes the embedded data, encoded by its own processor,
+and the mixture of each of the paper's stages in its own rows (launch/stage_mixes.py). The first four have no cutting:
+documents that no row holds are told in the third column.
 
 Row shapes of the mixes are ones a TPU would run. Tokens are of the paper's order (sequences of 2,048; 4,096 for web
 pages, whose tail is long). Vision rows are multiples of 128, the block of the attention kernels, and short, because
@@ -25,8 +25,6 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from benchmarks import report, stage_mixes
-from benchmarks.mixes import MIXES
 from configs import digits as digits_config
 from data_pipelines import digits
 from data_pipelines.packing import Pool, Sizes, misfit, pack_row
@@ -34,6 +32,8 @@ from data_pipelines.sources import SourceConfig, read_documents
 from idefics_jax import commands
 from idefics_jax.batch import BatchShape
 from idefics_jax.processor import Processor
+from launch import report, stage_mixes
+from launch.mixes import MIXES
 
 _ROWS = flags.DEFINE_integer("rows", 1500, "rows to pack of each mix", lower_bound=1)
 

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from benchmarks import report
 from configs.idefics2_8b import instruct
 from idefics_jax import commands, sharding
 from idefics_jax.attention import Visibility
@@ -30,7 +29,7 @@ from idefics_jax.param_tree import abstract_params
 from idefics_jax.training.losses import next_token_loss
 from idefics_jax.training.optimizer import OptimizerConfig, make_optimizer
 from idefics_jax.training.step import init_state, make_train_step, state_axes
-from launch import kernels
+from launch import kernels, report
 from launch import program as compiler
 
 # From what keeps most; each step is compiled with the first that fits the slice.

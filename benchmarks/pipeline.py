@@ -30,13 +30,14 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from benchmarks import photographs, report
+from benchmarks import photographs
 from benchmarks import pipeline_sides as sides
 from benchmarks.pipeline_steps import STEPS, difference, steps
 from idefics_jax import commands
 from idefics_jax.errors import UserError
 from idefics_jax.processor import Processor
 from idefics_jax.tokenizer import Tokenizer
+from launch import report
 
 _TURNS = flags.DEFINE_integer("turns", 3, "timed turns of each side", lower_bound=1)
 

@@ -1,6 +1,6 @@
 """Ragged documents in two layouts: padded as transformers' processor pads them, and packed as this package does.
 
-Sizes are drawn from the mixes of benchmarks/mixes.py (COCO-like pairs, OBELICS-like pages), with images at 0.3 of
+Sizes are drawn from the mixes of launch/mixes.py (COCO-like pairs, OBELICS-like pages), with images at 0.3 of
 their sides and texts at a fifth of their length, so that two cores can train on them. Pixels and words are random:
 what they say does not change what they cost.
 """
@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.mixes import IMAGE_TOKENS, MIXES
 from data_pipelines.packing import Pool, Sizes, pack_row
 from idefics_jax.batch import Batch, BatchShape, Encoded, empty_batch, place_document
 from idefics_jax.config import Idefics2Config
 from idefics_jax.inference.answer import bucket
 from idefics_jax.processor import first_fit
+from launch.mixes import IMAGE_TOKENS, MIXES
 
 IMAGE_SCALE, TEXT_SCALE, LEAST_WORDS = 0.3, 0.2, 12
 BOS, FAKE, IMAGE = 1, 32000, 32001

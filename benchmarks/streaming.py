@@ -21,10 +21,11 @@ from pathlib import Path
 
 from absl import flags
 
-from benchmarks import pipeline_sides, report
+from benchmarks import pipeline_sides
 from benchmarks.pipeline import prepare
 from data_pipelines import manifest, pipeline, records
 from idefics_jax import commands
+from launch import report
 
 _READ = flags.DEFINE_string("read", None, "a corpus to open and read, as the benchmark asks of its own processes")
 

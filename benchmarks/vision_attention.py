@@ -2,8 +2,8 @@
 
     python -m benchmarks.vision_attention [--json FILE]
 
-Each stage's own mixture (stage_mixes.py) is packed as training packs it. The first table counts pairs of a query and a
-key, over those that see each other: all of a row, as attention without skipping computes them; those that splash
+Each stage's own mixture (launch/stage_mixes.py) is packed as training packs it. The first table counts pairs of a query
+and a key, over those that see each other: all of a row, as attention without skipping computes them; those that splash
 attention's static mask leaves (the causal half for text, all elsewhere); and those of the kernel's blocks. The second
 has the kernel's cycles a pair of blocks and head from its schedule (kernel_schedule.py), forward and backward, at
 least and at most, and the time of a layer of the vision tower for one row of each stage, with the share of the chip's
@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import kernel_schedule, report, stage_mixes
+from benchmarks import kernel_schedule
 from idefics_jax import commands
 from idefics_jax.flash_attention import BLOCK, active_blocks
 from idefics_jax.visibility import Visibility
+from launch import report, stage_mixes
 from launch.chips import CHIPS
 from launch.workload import Rows, packed_rows
 

@@ -27,7 +27,7 @@ import torch
 import transformers
 from absl import flags
 
-from benchmarks import ragged, report
+from benchmarks import ragged
 from idefics_jax import commands
 from idefics_jax.batch import BatchShape
 from idefics_jax.config import Idefics2Config
@@ -38,6 +38,7 @@ from idefics_jax.models.idefics2 import Idefics2
 from idefics_jax.param_transforms import lora, partition, paths
 from idefics_jax.training.optimizer import OptimizerConfig, make_optimizer
 from idefics_jax.training.step import init_state, make_train_step
+from launch import report
 
 _REPEATS = flags.DEFINE_integer("repeats", 3, "timed runs of each side", lower_bound=1)
 _TORCH_COMPILE = flags.DEFINE_bool("torch_compile", True, "also try torch.compile, and keep it where it is faster")

@@ -10,7 +10,7 @@ blocks they compute (kernels.py), and that of collectives which nothing hides. M
 real tokens and patches (flops.py), HFU what the program does. `--trained_in_full` compiles
 the same step with every parameter trained, as published figures are. `--fits_only` stops at memory and collectives:
 most of the compiler's time goes into code that nothing here runs. `--search` tries the remat policies, cheapest first,
-with ever more rows a device. No weight or data is read: documents have the sizes of benchmarks/stage_mixes.py, or with
+with ever more rows a device. No weight or data is read: documents have the sizes of launch/stage_mixes.py, or with
 `--full_rows` fill their rows.
 """
 
@@ -27,7 +27,6 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from benchmarks.report import print_table, write_json
 from idefics_jax import commands, sharding
 from idefics_jax.batch import BatchShape, batch_spec
 from idefics_jax.errors import UserError
@@ -41,6 +40,7 @@ from launch.chips import CHIPS
 from launch.estimate import Estimate, gib
 from launch.flops import Trained, step_flops
 from launch.program import Collective, Cost, DoesNotFit
+from launch.report import print_table, write_json
 from launch.traced import traced_flops
 from launch.workload import Rows, full_rows, packed_rows
 

@@ -1,6 +1,6 @@
 """What the rows of a recipe hold: its mixture packed by sizes alone, as training packs it, and counted.
 
-Sizes of documents are those of benchmarks/stage_mixes.py, which knows each kind of source; data is not read.
+Sizes of documents are those of launch/stage_mixes.py, which knows each kind of source; data is not read.
 """
 
 import dataclasses
@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import stage_mixes
 from data_pipelines.packing import Pool, Sizes, misfit, pack_row
 from idefics_jax.batch import BatchShape
+from launch import stage_mixes
 from launch.flops import Work
 
 ROWS = 64  # enough that a share moves by less than 1 per cent from one seed to another

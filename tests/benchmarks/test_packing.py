@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 from absl import flags
 
-from benchmarks import packing, report, stage_mixes
-from benchmarks.mixes import MIXES
+from benchmarks import packing
 from idefics_jax.batch import BatchShape
+from launch import report, stage_mixes
+from launch.mixes import MIXES
 
 
 @pytest.mark.parametrize(("name", "patches"), [("pairs", 1513), ("web", 2063), ("documents", 3632)])

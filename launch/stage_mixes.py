@@ -1,6 +1,6 @@
 """Sizes of documents as the paper's stages see them: each stage's own mixture, image rules, chance and cuts.
 
-Sizes are drawn from the mixes of benchmarks/mixes.py: web pages for OBELICS, COCO-like pairs, scanned pages for OCR.
+Sizes are drawn from the mixes of launch/mixes.py: web pages for OBELICS, COCO-like pairs, scanned pages for OCR.
 A conversation about an image has the size of a pair's image and the turns and answers that are Table 14's means over
 all its sets; one of text alone has the mean tokens of the nine text sets. Documents that no row holds are cut by the
 code that cuts them in training: a web page or a scanned page is a row of its kind, of words that take a token each.
@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.mixes import MIXES, Grids, grids_of
 from configs.idefics2_8b import instruct, stage1, stage2
 from data_pipelines import cutting, obelics, pages
 from data_pipelines.packing import Sizes, misfit
 from data_pipelines.rejection import Rejected
 from idefics_jax.batch import BatchShape
 from idefics_jax.images import ImageRules
+from launch.mixes import MIXES, Grids, grids_of
 
 # A document: its tokens, and the grid of patches of each of its images.
 Measured = tuple[int, Grids]
