@@ -39,15 +39,18 @@ def cut(units: int, make: Callable[[int, int], Piece | Rejected]) -> list[Piece 
       make: prepares the piece of units [first, end); with more units a piece is larger.
 
     Returns:
-      The pieces in order; a unit that is alone too large is there as Rejected. If a piece is bad, that alone: the
-      document is bad as it would be in one piece, and counts once.
+      The pieces in order, without units that are alone too large but for the first of them, which is there as Rejected.
+      If a piece is bad, that alone: the document is bad as it would be in one piece, and counts once.
     """
     pieces, first, guess = [], 0, units if units <= _TRIED_WHOLE else 1
+    counted = False  # whether a unit was too large
     while first < units:
         piece, end = _longest(first, units, guess, make)
         if _is_bad(piece):
             return [piece]
-        pieces.append(piece)
+        if not (counted and is_too_large(piece)):
+            pieces.append(piece)
+        counted |= is_too_large(piece)
         first, guess = end, end - first
     return _without_text_left_out(pieces)
 

@@ -31,12 +31,16 @@ class Mixture:
         Args:
           stages: for each the weights of its sources by name, and how many documents it lasts; None for the last.
           start: the position that a source begins at; 0 where it is not named.
-          first: (source, position) of documents that come before all others and count in no stage, of sources that
-            are named in `stages` or not.
+          first: (source, position) of documents that come before all others and count in no stage.
           seed: of the order within blocks.
+
+        Sources that no stage names are kept for a later run: their positions, and of `first` in `set_aside`.
         """
         self.names = tuple(dict.fromkeys(name for weights, _ in stages for name in weights))
+        self._start = dict(start)
         self._first = [(name, position) for name, position in first if name in self.names]
+        self.set_aside = [(name, position) for name, position in first if name not in self.names]
+        self.leads = len(self._first)  # documents before the first stage
         self._seed = tuple(seed)
         self._shares = [_cumulative(weights, self.names) for weights, _ in stages]
         self._ends = list(itertools.accumulate(length for _, length in stages[:-1]))
@@ -48,7 +52,7 @@ class Mixture:
 
     def __call__(self, index: int) -> tuple[str, int]:
         """Returns the source of the index-th document, and the document's position in that source."""
-        if index < len(self._first):
+        if index < self.leads:
             return self._first[index]
         stage, index = self._stage(index)
         block, slot = divmod(index, self._sizes[stage])
@@ -61,11 +65,11 @@ class Mixture:
         """Returns the position that each source has reached before the index-th document."""
         stage, index = self._stage(index)
         reached = self._bases[stage] + self._within(stage, index)
-        return dict(zip(self.names, reached.tolist(), strict=True))
+        return self._start | dict(zip(self.names, reached.tolist(), strict=True))
 
     def _stage(self, index: int) -> tuple[int, int]:
         """Returns the stage of an index, and the index within it."""
-        index = max(0, index - len(self._first))
+        index = max(0, index - self.leads)
         stage = int(np.searchsorted(self._ends, index, side="right"))
         return stage, index - (self._ends[stage - 1] if stage else 0)
 

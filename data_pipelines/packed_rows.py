@@ -165,7 +165,7 @@ class _PackIterator(grain.DatasetIterator):
             "begun": json.dumps(sorted(self._begun)),
             # For a run that goes on with other settings (position.reached).
             "positions": json.dumps(self._mixture.positions(self._read)),
-            "waiting": json.dumps([self._mixture(index) for index in self._waiting_rows()]),
+            "waiting": json.dumps([*self._mixture.set_aside, *map(self._mixture, self._waiting_rows())]),
             "read": self._read,
             "rows": self._rows,
             "seen": self._ledger.seen,
@@ -179,11 +179,14 @@ class _PackIterator(grain.DatasetIterator):
         self._ledger = Ledger(self._ledger.limit, state["seen"], counted, examples)
         self._read, self._rows = state["read"], state["rows"]
         self._pool, self._waiting_bytes, self._begun = Pool(), 0, set(json.loads(state["begun"]))
+        row, pieces = None, ()
         for index, piece in json.loads(state["pool"]):
-            _, pieces = self._documents[index]
+            if index != row:  # the pieces of a row wait one after another
+                row, (_, pieces) = index, self._documents[index]
             candidate = dict(enumerate(pieces)).get(piece)
             if not isinstance(candidate, Candidate):
-                why = candidate.message if isinstance(candidate, Rejected) else "its row is cut otherwise now"
+                bad = [it.message for it in (candidate, *pieces) if isinstance(it, Rejected)]
+                why = bad[0] if bad else "its row is cut otherwise now"
                 raise UserError(f"piece {piece} of {pieces[0].name} could be read when the position was saved: {why}")
             self._wait(index, piece, candidate)
 
@@ -202,8 +205,10 @@ class _PackIterator(grain.DatasetIterator):
                     self._wait(index, piece, candidate)
 
     def _waiting_rows(self) -> list[int]:
-        """Returns the rows of which nothing is packed yet."""
-        return sorted({index for index, *_ in self._pool.items} - self._begun)
+        """Returns the rows of which nothing is packed yet, those that waited in another run included."""
+        return sorted({index for index, *_ in self._pool.items} - self._begun) + [
+            *range(self._read, self._mixture.leads)
+        ]
 
     def _wait(self, index: int, piece: int, candidate: Candidate) -> None:
         self._pool.add((index, piece, candidate), candidate.sizes)

@@ -271,19 +271,21 @@ def _packed(
 def _about(config: DataConfig, opened: Mapping[str, DocumentSource], processor: Processor) -> dict[str, Any]:
     """Returns everything the batches depend on, as plain JSON; threads, read-ahead and cache are not among it."""
     settings = dataclasses.asdict(config)
+    after, earlier = position.identity(config.after) if config.after else (None, {})
     for free in ("num_threads", "prefetch", "cache_mib", "stages"):
         del settings[free]
     return {
         "data": settings
         | {
             "stages": {str(i): _told(stage) for i, stage in enumerate(config.stages)},
-            "after": position.digest(config.after) if config.after else None,
+            "after": after,
         },
         "files": {
             source.name: {"digest": opened[source.name].digest, "seed": config.seed, "window": source.window}
             for stage in config.stages
             for source in stage.sources
         },
+        "earlier": {name: told for name, told in earlier.items() if name not in opened},
         "processor": {
             "tokenizer": hashlib.sha256(processor.tokenizer.model).hexdigest()[:16],
             "image_rules": dataclasses.asdict(processor.image_rules),

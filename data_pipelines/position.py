@@ -76,8 +76,9 @@ def reached(workdir: str, shards: Sequence[int], about: dict[str, Any]) -> list[
         raise UserError(
             f"data.after is {workdir!r}, a run of {was} virtual shards; this one has {is_now}, give as many"
         )
-    for name in sorted(before["files"].keys() & about["files"].keys()):
-        changed = differences(before["files"][name], about["files"][name])
+    known = sources_of(before)
+    for name in sorted(known.keys() & about["files"].keys()):
+        changed = differences(known[name], about["files"][name])
         if changed:
             raise UserError(
                 f"data.after is {workdir!r}, where source {name!r} had other files or another order "
@@ -89,11 +90,16 @@ def reached(workdir: str, shards: Sequence[int], about: dict[str, Any]) -> list[
     ]
 
 
-def digest(workdir: str) -> str:
-    """Returns the digest of where an ended run left its data; raises UserError as `reached`."""
+def identity(workdir: str) -> tuple[str, dict[str, Any]]:
+    """Returns the digest of where an ended run left its data, and its `sources_of`; raises UserError as `reached`."""
     folder = _folder(workdir)
     files = {file.name: file.read_bytes() for file in folder.iterdir()}
-    return hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()[:16], sources_of(json.loads(files[_ABOUT]))
+
+
+def sources_of(about: dict[str, Any]) -> dict[str, Any]:
+    """Returns files and order of each source of a run, and of those that only the runs before it read."""
+    return {**about["earlier"], **about["files"]}
 
 
 def keep(workdir: str, folder: epath.Path) -> None:

@@ -64,6 +64,7 @@ def test_a_source_may_begin_where_another_run_left_it():
         [({"a": 1.0, "b": 1.0}, None)], start={"b": 70}, first=[("b", 7), ("gone", 3), ("a", 9)], seed=(0,)
     )
     assert take(mixture, 2) == [("b", 7), ("a", 9)]
+    assert (mixture.leads, mixture.set_aside) == (2, [("gone", 3)])
     assert mixture.positions(0) == mixture.positions(2) == {"a": 0, "b": 70}
     assert dict(reversed(take(mixture, 102)[2:])) == {"a": 0, "b": 70}
 

@@ -10,6 +10,7 @@ from etils import epath
 
 from data_pipelines import cauldron, pairs, position
 from data_pipelines.pipeline import Stage, batches
+from data_pipelines.sources import DocumentSource
 from idefics_jax.errors import UserError
 from tests.data_pipelines.pictures import png
 from tests.data_pipelines.test_pipeline import pair, take
@@ -135,6 +136,41 @@ def test_another_run_trains_the_rest_of_the_epoch_once(ended, processor, tmp_pat
     # Each shard may be ahead of the other by what is in a batch or two.
     assert sum(count > 1 for count in counts.values()) < 40
     assert max(counts.values()) <= 2
+
+
+def test_a_third_run_goes_on_where_the_second_left_what_it_did_not_read(ended, processor, tmp_path):
+    """Documents that waited in the first and were not reached in the second, and a source that the second has not."""
+    config, packed = ended
+    ((source,),) = (stage.sources for stage in config.stages)
+    other = (Stage((dataclasses.replace(source, name="other"),)),)
+    for number, changes in enumerate([{"lookahead": 1}, {"stages": other}]):
+        between = dataclasses.replace(config, after=str(tmp_path / "run"), **changes)
+        data = batches(between, processor, process_index=0, process_count=1)
+        names = [name for name in next(data).documents if name.startswith("mine/")]
+        write_position(data, tmp_path / str(number))
+        last = dataclasses.replace(config, after=str(tmp_path / str(number)), lookahead=1)
+        data, counts = batches(last, processor, process_index=0, process_count=1), collections.Counter(packed + names)
+        while len(counts) < 400:
+            counts.update(next(data).documents)
+        assert sum(count > 1 for count in counts.values()) < 40
+        with pytest.raises(UserError, match="source 'mine' had other files or another order"):
+            batches(dataclasses.replace(last, seed=5), processor, process_index=0, process_count=1)
+
+
+def test_a_row_of_many_waiting_pieces_is_read_once_when_restored(one_source, processor, monkeypatch):
+    turns = [{"user": f"what is {i}", "assistant": "five", "source": ""} for i in range(40)]
+    rows = [{"images": [{"bytes": png(28, 28), "path": None}], "texts": turns}] * 4
+    config = one_source(rows, "cauldron", cauldron.SCHEMA, lookahead=4)
+    data = batches(config, processor, process_index=0, process_count=1)
+    next(data)
+    state, read = data.get_state(), []
+    waiting = json.loads(state["shards"]["0"]["packed"]["pool"])
+    monkeypatch.setattr(
+        DocumentSource, "read", lambda *where, read_=DocumentSource.read: read.append(where) or read_(*where)
+    )
+    fresh = batches(config, processor, process_index=0, process_count=1)
+    fresh.set_state(state)
+    assert len(read) == len({index for index, _ in waiting}) < len(waiting)
 
 
 def test_pieces_of_a_row_that_was_begun_do_not_come_again(one_source, processor, tmp_path):
