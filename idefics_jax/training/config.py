@@ -27,6 +27,14 @@ FREE_ON_RESUME = (
     "data.prefetch",
     "data.cache_mib",
 )
+# May differ too when a run goes on that has stopped by itself.
+FREE_AFTER_STOP = (
+    "optimizer.learning_rate",
+    "optimizer.muon_learning_rate",
+    "optimizer.clip_norm",
+    "max_skipped_steps",
+    "diverged_after",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +143,8 @@ class TrainConfig:
         for name in ("new_rows", "neftune_alpha", "max_skipped_steps", "diverged_after"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        if self.diverged_after == 1:
+            raise UserError("diverged_after is 1; a rise is told from a spike over at least 2 steps, 0 never stops")
         if any(std <= 0 for _, std in self.init_std):
             raise UserError(f"init_std holds {self.init_std}; every standard deviation must be positive")
 

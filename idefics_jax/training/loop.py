@@ -26,7 +26,7 @@ from idefics_jax.model import ADAPTER_IN_WORKDIR
 from idefics_jax.param_transforms.partition import combine
 from idefics_jax.settings import differences
 from idefics_jax.training.checkpoint import Checkpoints
-from idefics_jax.training.config import FREE_ON_RESUME, TrainConfig
+from idefics_jax.training.config import FREE_AFTER_STOP, FREE_ON_RESUME, TrainConfig
 from idefics_jax.training.curves import draw_curves
 from idefics_jax.training.divergence import Stopped
 from idefics_jax.training.optimizer import make_schedule
@@ -39,6 +39,8 @@ from idefics_jax.training.writers import RunWriter, silent_writer
 RUN_FILE = "run.json"
 # There too: where the data of the run before it ended, if its own goes on from there.
 DATA_START = "data_start"
+# Why a run stopped by itself, until it goes on.
+STOPPED_FILE = "stopped.txt"
 
 
 def train(config: TrainConfig, values: dict[str, Any], workdir: epath.Path) -> bool:
@@ -97,7 +99,8 @@ def check_same_run(values: dict[str, Any], workdir: epath.Path) -> None:
     if not held or not path.exists():
         return
     lines = differences(json.loads(path.read_text()), json.loads(json.dumps(values)))
-    changed = [line for line in lines if not re.match(rf"({'|'.join(FREE_ON_RESUME)})[.:]", line)]
+    free = FREE_ON_RESUME + (FREE_AFTER_STOP if (workdir / STOPPED_FILE).exists() else ())
+    changed = [line for line in lines if not re.match(rf"({'|'.join(free)})[.:]", line)]
     if changed:
         raise UserError(
             f"{workdir} holds a run with other settings ({'; '.join(changed)}); give them as they were, or choose "
@@ -137,8 +140,9 @@ def keep_start(began: DataConfig, workdir: epath.Path) -> None:
 
 
 def record_run(values: dict[str, Any], workdir: epath.Path) -> None:
-    """Keeps the settings beside a run."""
+    """Keeps the settings beside a run, which goes on if it had stopped by itself."""
     write_whole(workdir / RUN_FILE, json.dumps(values, indent=2).encode())
+    (workdir / STOPPED_FILE).unlink(missing_ok=True)
 
 
 def start(
@@ -208,7 +212,10 @@ def naming_the_last_checkpoint(checkpoints: Checkpoints) -> Iterator[None]:
     try:
         yield
     except Stopped as stopped:
-        raise stopped_message(stopped, checkpoints) from stopped
+        error = stopped_message(stopped, checkpoints)
+        if processes.first():
+            (checkpoints.path.parent / STOPPED_FILE).write_text(str(error))
+        raise error from stopped
 
 
 def stopped_message(stopped: Stopped, checkpoints: Checkpoints) -> UserError:
@@ -222,7 +229,10 @@ def stopped_message(stopped: Stopped, checkpoints: Checkpoints) -> UserError:
         where += f" (remove those after it, {after}, to go on from it)" if later else ""
     else:
         where = f"no checkpoint is from before it{f' ({after} are from after it)' if later else ''}: start again"
-    return UserError(f"{stopped}; {where}; lower the learning rate, or look at these documents")
+    return UserError(
+        f"{stopped}; {where}; lower the learning rate (it may differ now, as may {', '.join(FREE_AFTER_STOP[2:])}), or "
+        "look at these documents"
+    )
 
 
 def finish(run: Run, state: Any, frozen: Any, data: grain.DatasetIterator, workdir: epath.Path) -> None:

@@ -1,6 +1,7 @@
 """A run that goes wrong says so: spikes are named once, changed data is not divergence, divergence stops the run."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -160,6 +161,13 @@ def test_a_run_with_a_learning_rate_that_diverges_is_stopped_and_its_last_good_c
     for part in ("vision_model", "connector", "text_model"):
         assert lines[-1][f"train/grad_norm/{part}"] > 0
         assert lines[-1][f"train/update_norm/{part}"] > 0
+    for step in left[1:]:
+        shutil.rmtree(tmp_path / "checkpoints" / str(step))
+    values["optimizer"]["learning_rate"] = 1e-3
+    assert train(TrainConfig.from_config_dict(values), values, epath.Path(tmp_path))
+    values["optimizer"]["learning_rate"] = 1e-4
+    with pytest.raises(UserError, match="other settings"):
+        train(TrainConfig.from_config_dict(values), values, epath.Path(tmp_path))
 
 
 def test_without_a_checkpoint_from_before_the_message_says_so(tmp_path):
