@@ -41,11 +41,11 @@ from launch.estimate import Estimate, gib
 from launch.flops import Trained, step_flops
 from launch.program import Collective, Cost, DoesNotFit
 from launch.report import print_table, write_json
+from launch.slice_flag import SLICE
 from launch.traced import traced_flops
 from launch.workload import Rows, full_rows, packed_rows
 
 _CONFIG = commands.define_config(None, "what to train, configs/NAME.py[:argument]")
-_SLICE = flags.DEFINE_string("slice", None, "TPU slice, as v5p-128 or 2xv5e-256")
 _SEARCH = flags.DEFINE_boolean("search", False, "find the largest batch and the cheapest remat policy that fit")
 _FITS_ONLY = flags.DEFINE_boolean("fits_only", False, "stop at memory and collectives, known in a tenth of the time")
 _DUMP_TO = flags.DEFINE_string("dump_to", None, "folder for what the compiler writes of its program as it goes")
@@ -289,7 +289,7 @@ def main() -> None:
     if _FITS_ONLY.value:
         numbers = fits(sys.argv[1:])
     else:
-        numbers = (search if _SEARCH.value else check)(values, _SLICE.value, rows=rows)
+        numbers = (search if _SEARCH.value else check)(values, SLICE.value, rows=rows)
     write_json(numbers)
 
 

@@ -8,6 +8,7 @@ from absl import flags
 
 from idefics_jax import commands
 from idefics_jax.errors import UserError
+from launch.slice_flag import SLICE
 from launch.slices import Slice, find
 
 # Where the bucket's files are found in the container, for reading.
@@ -24,7 +25,6 @@ _LONGEST_NAME = 40  # Kubernetes adds up to 23 more for a pod's
 
 # Adopted by every command that starts jobs.
 flags.DEFINE_string("name", None, "name of the job")
-flags.DEFINE_string("slice", None, "TPU slice, as v5e-256, or several, as 2xv5e-256")
 flags.DEFINE_string("image", None, "container image, HOST/PROJECT/REPOSITORY/NAME:TAG")
 flags.DEFINE_string("bucket", "", f"bucket whose files the command reads under {MOUNT}")
 flags.DEFINE_multi_string("env", [], "NAME=VALUE: a variable of the command; may be repeated")
@@ -88,7 +88,7 @@ def from_flags(command: list[str]) -> Job:
     given = flags.FLAGS
     return Job(
         name=given.name,
-        slices=find(given.slice),
+        slices=find(SLICE.value),
         image=given.image,
         command=tuple(command),
         bucket=given.bucket,
