@@ -13,6 +13,8 @@ from typing import BinaryIO
 _BLOCK = 512
 # An extended header holds a name and a few numbers.
 _LARGEST_HEADER = 1 << 20
+# What writers fill the last record of an archive up to: tar's 10,240 bytes, or what its --blocking-factor says.
+_RECORD_SIZES = (10_240, *(1 << power for power in range(9, 21)))
 _LONG_NAME = tarfile.GNUTYPE_LONGNAME
 _RECORDS = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 # Headers that say something of the next one, and are no file themselves.
@@ -39,7 +41,8 @@ def members(file: BinaryIO) -> Iterator[Member]:
       file: seekable; the caller may seek between members.
 
     Raises:
-      BrokenTar: a header is damaged, or the file ends before the mark that ends a tar.
+      BrokenTar: a header is damaged, the file ends before the mark that ends a tar, or zeros that are no such mark
+        stand where a header does.
     """
     length, offset, said = os.fstat(file.fileno()).st_size, 0, {}
     while (header := _header(file, offset, length)) is not None:
@@ -66,6 +69,7 @@ def _header(file: BinaryIO, offset: int, length: int) -> tarfile.TarInfo | None:
     if len(block) < _BLOCK:
         raise BrokenTar(f"it has {length} bytes and ends before the end of the archive")
     if not any(block):
+        _check_end(file, offset, length)
         return None
     try:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "backslashreplace")
@@ -74,6 +78,21 @@ def _header(file: BinaryIO, offset: int, length: int) -> tarfile.TarInfo | None:
     if header.type == tarfile.GNUTYPE_SPARSE:
         raise BrokenTar(f"it holds the sparse file {header.name!r}, whose parts are not read")
     return header
+
+
+def _check_end(file: BinaryIO, offset: int, length: int) -> None:
+    """Raises BrokenTar unless the zeros at an offset end the archive: two blocks and the rest of a record, no more.
+
+    A download that reserved its length before its bytes came, and a lost block, leave zeros as well.
+    """
+    zeros = length - offset
+    if zeros < 2 * _BLOCK:
+        raise BrokenTar(f"it has {length} bytes and ends before the end of the archive")
+    # The mark may be the first that is written into the last record.
+    is_filled = any(length % size == 0 and zeros < size + 2 * _BLOCK for size in _RECORD_SIZES)
+    file.seek(offset)
+    if not is_filled or any(file.read(zeros)):
+        raise BrokenTar(f"it has {length} bytes, and zeros from byte {offset} on that do not end the archive")
 
 
 def _extension(file: BinaryIO, header: tarfile.TarInfo, start: int) -> dict[str, str]:

@@ -140,6 +140,30 @@ def test_a_damaged_header_ends_a_tar_with_a_rejection(tmp_path):
     assert "damaged" in broken.message
 
 
+def test_zeros_in_the_middle_are_no_end(tmp_path):
+    pairs = [(f"{i:03d}.{suffix}", b"x" * 600) for i in range(300) for suffix in ("jpg", "txt")]
+    whole = Path(write_tar(tmp_path / "p.tar", pairs, tarfile.USTAR_FORMAT)).read_bytes()
+    middle = whole.index(b"150.jpg")
+    for zeros in (512, 1024, len(whole) - middle):
+        (tmp_path / "p.tar").write_bytes(whole[:middle] + bytes(zeros) + whole[middle + zeros :])
+        *rows, (name, last) = tar.read(str(tmp_path / "p.tar"), "pairs")
+        assert len(rows) == 149
+        assert all(isinstance(row, dict) for _, row in rows)
+        assert (name, last.reason) == ("p.tar", "broken-tar")
+
+
+@pytest.mark.parametrize("record", [512, 10_240, 1 << 18, 1 << 20])
+def test_the_last_record_may_be_filled_with_zeros_and_no_more(tmp_path, record):
+    whole = Path(write_tar(tmp_path / "p.tar", PAIRS)).read_bytes().rstrip(b"\0")
+    whole += bytes(-len(whole) % 512)
+    ended = whole + bytes(1024)
+    (tmp_path / "p.tar").write_bytes(ended + bytes(-len(ended) % record))
+    assert list(tar.read(str(tmp_path / "p.tar"), "pairs")) == ROWS
+    for broken in (whole + bytes(512), ended + bytes(2 << 20), ended + bytes(511) + b"x"):
+        (tmp_path / "p.tar").write_bytes(broken)
+        assert list(tar.read(str(tmp_path / "p.tar"), "pairs"))[-1][1].reason == "broken-tar"
+
+
 def test_no_mutation_of_a_tar_raises_anything_else(tmp_path):
     whole = Path(write_tar(tmp_path / "p.tar", PAIRS)).read_bytes()
     rng = random.Random(0)
