@@ -41,13 +41,13 @@ class Downloads:
       images: DOWNLOAD [images], in the order of the file.
       column: the parquet column of their bytes; None of a tar.
       failed: URLs that were not downloaded, and images without a URL.
-      cut_short: whether the file is a tar that breaks off; the images before are there.
+      cut_short: the sentence that says where a tar breaks off, whose images before are there; empty if it does not.
     """
 
     images: np.ndarray
     column: str | None
     failed: int
-    cut_short: bool
+    cut_short: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ def read(path: str, *, sha256: str) -> Downloads | None:
         found = _in_parquet(file, column)
     else:
         raise UserError(f"{path} is neither .parquet nor .tar; name what img2dataset wrote with one of these formats")
-    images, failed, cut_short, digests = [], 0, False, _Digests(path, sha256)
+    images, failed, cut_short, digests = [], 0, "", _Digests(path, sha256)
     try:
         for one in found:
             digest = None if one.url is None or one.size >= 2**32 else digests.of(one)
@@ -96,8 +96,8 @@ def read(path: str, *, sha256: str) -> Downloads | None:
                 failed += 1
             else:
                 images.append((*key_of(one.url), one.start, one.size, digest))
-    except BrokenTar:
-        cut_short = True
+    except BrokenTar as error:
+        cut_short = f"{error}; download or write it again"
     except (*parquet.DAMAGED, UnicodeDecodeError, IndexError) as error:  # columns may differ in length
         raise UserError(f"{path} cannot be read ({error}); fetch it again or leave it out") from error
     digests.check()

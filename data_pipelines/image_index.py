@@ -35,20 +35,22 @@ _UNSORTED = np.dtype([*((name, downloads.DOWNLOAD[name]) for name in downloads.D
 _SECONDS_BETWEEN_LINES = 10.0
 
 
-def build(paths: Sequence[str], folder: str, *, sha256: str, processes: int) -> dict[str, int]:
-    """Writes the index of a store; the folder appears once it is whole.
+def build(paths: Sequence[str], folder: str, *, sha256: str, processes: int, keep_cut_short: bool) -> dict[str, int]:
+    """Writes the index of a store; the folder appears once it is whole. Files that break off are named on stderr.
 
     Args:
       paths: the store's files.
       folder: to be made.
       sha256: which digests it gets, of downloads.DIGESTS.
       processes: that read the files; what is written is the same.
+      keep_cut_short: whether tars may break off, and what comes before stays.
 
     Returns:
       Counts of `urls`, `repeated` (downloads of a URL that has one), `failed` and `cut_short` (files).
 
     Raises:
-      UserError: the folder exists or is being made, a file cannot be read, or nothing was downloaded.
+      UserError: the folder exists or is being made, a file cannot be read, nothing was downloaded, or tars break off
+        and `keep_cut_short` is not given.
     """
     partial = Path(f"{os.path.normpath(folder)}.partial")
     _check_new(folder)
@@ -57,7 +59,7 @@ def build(paths: Sequence[str], folder: str, *, sha256: str, processes: int) -> 
         for left in partial.iterdir():
             if left.name != folder_lock.LOCK:
                 left.unlink()
-        counts = _fill(partial, paths, folder, sha256, processes)
+        counts = _fill(partial, paths, folder, sha256, processes, keep_cut_short)
         partial.rename(folder)
         Path(folder, folder_lock.LOCK).unlink()
     return counts
@@ -68,7 +70,9 @@ def _check_new(folder: str) -> None:
         raise UserError(f"{folder} is there already; name a new folder, or delete it")
 
 
-def _fill(partial: Path, paths: Sequence[str], folder: str, sha256: str, processes: int) -> dict[str, int]:
+def _fill(
+    partial: Path, paths: Sequence[str], folder: str, sha256: str, processes: int, keep_cut_short: bool
+) -> dict[str, int]:
     """Writes the files of an index that is to be moved to a folder; returns the counts."""
     files, counts = [], collections.Counter(urls=0, repeated=0, failed=0, cut_short=0)
     with _Parts(partial) as parts:
@@ -78,7 +82,14 @@ def _fill(partial: Path, paths: Sequence[str], folder: str, sha256: str, process
             parts.add(found.images, len(files))
             relative = os.path.relpath(path, folder)
             files.append({"path": relative, "bytes": os.path.getsize(path), "column": found.column})
-            counts.update(failed=found.failed, cut_short=int(found.cut_short))
+            counts.update(failed=found.failed, cut_short=bool(found.cut_short))
+            if found.cut_short:
+                print(f"CUT SHORT: {path}: {found.cut_short}", file=sys.stderr, flush=True)
+    if counts["cut_short"] and not keep_cut_short:
+        raise UserError(
+            f"{counts['cut_short']} of {len(paths)} files break off, which are named above; mend them, or give "
+            "--keep_cut_short to keep what comes before"
+        )
     _write_sorted(partial, counts)
     if not counts["urls"]:
         raise UserError(f"{', '.join(paths[:3])}: no image was downloaded; name what img2dataset wrote")

@@ -179,7 +179,13 @@ def _read_head(folder: str) -> dict:
 
 def main() -> None:
     paths = parquet.expand([_INPUT.value], where="--input")
-    counts = build(paths, _OUTPUT.value, sha256=_SHA256.value, processes=_PROCESSES.value)
+    counts = build(
+        paths,
+        _OUTPUT.value,
+        sha256=_SHA256.value,
+        processes=_PROCESSES.value,
+        keep_cut_short=_KEEP_CUT_SHORT.value,
+    )
     print(f"{_OUTPUT.value} of {len(paths)} files: {', '.join(f'{name} {count}' for name, count in counts.items())}")
 
 
@@ -188,4 +194,5 @@ if __name__ == "__main__":
     _OUTPUT = flags.DEFINE_string("output", None, "folder of the index, to be made")
     _SHA256 = flags.DEFINE_enum("sha256", "stored", downloads.DIGESTS, "where the images' digests come from")
     _PROCESSES = flags.DEFINE_integer("processes", 1, "processes that read the files", lower_bound=1)
+    _KEEP_CUT_SHORT = flags.DEFINE_boolean("keep_cut_short", False, "keep what precedes where a tar breaks off")
     commands.run(main, required=("input", "output"))

@@ -35,7 +35,7 @@ def fetched(numbers) -> list[tuple[str, bytes | None]]:
 
 
 def index(paths, folder, sha256="stored", processes=1) -> Images:
-    build(paths, str(folder), sha256=sha256, processes=processes)
+    build(paths, str(folder), sha256=sha256, processes=processes, keep_cut_short=False)
     return Images(str(folder))
 
 
@@ -66,7 +66,7 @@ def test_every_image_that_was_downloaded_is_found_by_its_url_and_no_other(tmp_pa
 def test_the_first_download_that_succeeded_counts(tmp_path):
     first = write_parquet(tmp_path / "0.parquet", [(url(1), None), (url(2), b"first"), (url(2), b"second")])
     second = write_webdataset(tmp_path / "1.tar", [(url(1), b"later"), (url(2), b"third")])
-    counts = build([first, second], str(tmp_path / "index"), sha256="stored", processes=1)
+    counts = build([first, second], str(tmp_path / "index"), sha256="stored", processes=1, keep_cut_short=False)
     assert counts == {"urls": 2, "repeated": 2, "failed": 1, "cut_short": 0}
     images = Images(str(tmp_path / "index"))
     assert (images.read(url(1)), images.read(url(2))) == (b"later", b"first")
@@ -75,7 +75,7 @@ def test_the_first_download_that_succeeded_counts(tmp_path):
 def test_processes_change_nothing_about_an_index(tmp_path):
     paths = [write_parquet(tmp_path / f"{n}.parquet", fetched(range(30 * n, 30 * n + 40))) for n in range(4)]
     for processes in (1, 2):
-        build(paths, str(tmp_path / f"index{processes}"), sha256="computed", processes=processes)
+        build(paths, str(tmp_path / f"index{processes}"), sha256="computed", processes=processes, keep_cut_short=False)
     one, two = tmp_path / "index1", tmp_path / "index2"
     assert {file.name: file.read_bytes() for file in one.iterdir()} == {
         file.name: file.read_bytes() for file in two.iterdir()
@@ -145,15 +145,19 @@ def test_names_in_a_tar_are_never_paths(tmp_path):
 def test_an_image_whose_url_is_not_told_is_counted_as_failed(tmp_path, told):
     members = [("0.jpg", b"image"), ("0.json", told), ("1.jpg", b"image"), ("1.json", as_json({"url": url(1)}))]
     path = write_tar(tmp_path / "0.tar", members)
-    assert build([path], str(tmp_path / "index"), sha256="stored", processes=1)["failed"] == 1
+    assert build([path], str(tmp_path / "index"), sha256="stored", processes=1, keep_cut_short=False)["failed"] == 1
 
 
-def test_of_a_tar_that_breaks_off_the_images_before_its_last_are_there(tmp_path):
+def test_a_tar_that_breaks_off_is_named_and_its_images_are_kept_only_when_told(tmp_path, capfd):
     path = write_webdataset(tmp_path / "0.tar", [(url(number), bytes(3000)) for number in range(1, 5)])
     with tarfile.open(path) as tar:
         cut = tar.getmembers()[6].offset_data + 100
     (tmp_path / "0.tar").write_bytes((tmp_path / "0.tar").read_bytes()[:cut])
-    counts = build([path], str(tmp_path / "index"), sha256="stored", processes=1)
+    with pytest.raises(UserError, match=r"1 of 1 files break off, .* --keep_cut_short"):
+        build([path], str(tmp_path / "index"), sha256="stored", processes=1, keep_cut_short=False)
+    assert f"CUT SHORT: {path}: it has " in capfd.readouterr().err
+    assert not (tmp_path / "index").exists()
+    counts = build([path], str(tmp_path / "index"), sha256="stored", processes=1, keep_cut_short=True)
     assert (counts["urls"], counts["cut_short"]) == (1, 1)
     assert Images(str(tmp_path / "index")).read(url(1)) == bytes(3000)
 
@@ -188,11 +192,11 @@ def test_what_no_index_can_be_made_of_is_refused(tmp_path):
         ),
     ]:
         with pytest.raises(UserError, match=message):
-            build(paths, str(tmp_path / "index"), sha256="stored", processes=1)
+            build(paths, str(tmp_path / "index"), sha256="stored", processes=1, keep_cut_short=False)
     good = write_parquet(tmp_path / "good.parquet", fetched(range(9)))
     index([good], tmp_path / "index")
     with pytest.raises(UserError, match="index is there already"):
-        build([good], str(tmp_path / "index"), sha256="stored", processes=1)
+        build([good], str(tmp_path / "index"), sha256="stored", processes=1, keep_cut_short=False)
     with open(tmp_path / "index" / "place.bin", "ab") as file:
         file.write(b"x")
     with pytest.raises(UserError, match="place.bin does not have the 112 bytes"):

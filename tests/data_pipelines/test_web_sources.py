@@ -48,7 +48,7 @@ def pages(tmp_path) -> SourceConfig:
     """Ten pages of two images and a text; the second image of the even ones is missing. Images grow with the page."""
     fetched = [(url(n), None if n % 4 == 1 else png(30 + n, 40)) for n in range(20)]
     tar = write_webdataset(tmp_path / "0.tar", fetched)
-    image_index.build([tar], str(tmp_path / "index"), sha256="stored", processes=1)
+    image_index.build([tar], str(tmp_path / "index"), sha256="stored", processes=1, keep_cut_short=False)
     rows = [
         {"images": [url(2 * n), None, url(2 * n + 1)], "texts": [None, f"page {n}", None], "perplexity": 10.0 * n}
         for n in range(10)
