@@ -89,7 +89,7 @@ def load_all(paths: Sequence[str]) -> list[Manifest]:
     """Returns the manifests of prepared folders, and of shards in such folders with those shards alone.
 
     Raises:
-      UserError: a folder has no manifest, or a shard is none of its folder's.
+      UserError: a folder has no manifest, a shard is none of its folder's, or two paths lead to one shard.
     """
     folders: dict[Path, list[str]] = {}
     for path in map(Path, paths):
@@ -107,6 +107,10 @@ def load_all(paths: Sequence[str]) -> list[Manifest]:
                     )
             whole = dataclasses.replace(whole, shards=tuple(shards[name] for name in names))
         manifests.append(whole)
+    led: dict[str, Path] = {}
+    for shard in (shard for found in manifests for shard in found.shards):
+        if (other := led.setdefault(os.path.realpath(shard.path), shard.path)) is not shard.path:
+            raise UserError(f"{other} and {shard.path} are the same shard; name it once and raise the source's weight")
     return manifests
 
 

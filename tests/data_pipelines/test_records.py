@@ -47,6 +47,14 @@ def open_source(*paths, **changes) -> DocumentSource:
     )
 
 
+def test_a_shard_is_not_read_twice_by_way_of_a_link_or_of_its_folder(tmp_path):
+    (shard,) = write(tmp_path / "a", [talk("4")])
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    for paths in [(tmp_path / "a", tmp_path / "link" / shard.path.name), (shard.path, tmp_path / "link")]:
+        with pytest.raises(UserError, match="are the same shard; name it once"):
+            open_source(*paths)
+
+
 def test_records_come_back_as_they_were():
     row = {"images": [None, b"\x00\xff", b""], "texts": ["é<image>\x00", None, ""], "score": 0.1 + 0.2}
     columns = {"images": ["bytes"], "texts": ["text"], "score": "number"}
