@@ -132,7 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder of TFDS sets")
     parser.add_argument("--name", required=True, help="of the set")
-    parser.add_argument("--input", required=True, nargs="+", help="parquet files, as paths or globs")
+    parser.add_argument("--input", required=True, action="extend", nargs="+", help="parquet files, as paths or globs")
     parser.add_argument("--split", default="test", help="what the questions are filed under")
     parser.add_argument("--image_root", help="where images that hold only a path lie")
     arguments = parser.parse_args()

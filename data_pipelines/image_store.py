@@ -178,7 +178,7 @@ def _read_head(folder: str) -> dict:
 
 
 def main() -> None:
-    paths = parquet.expand([_INPUT.value], where="--input")
+    paths = parquet.expand(_INPUT.value, where="--input")
     counts = build(
         paths,
         _OUTPUT.value,
@@ -190,7 +190,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    _INPUT = flags.DEFINE_string("input", None, "files that img2dataset wrote, a path or glob")
+    _INPUT = flags.DEFINE_multi_string("input", None, "files that img2dataset wrote, a path or glob; may be repeated")
     _OUTPUT = flags.DEFINE_string("output", None, "folder of the index, to be made")
     _SHA256 = flags.DEFINE_enum("sha256", "stored", downloads.DIGESTS, "where the images' digests come from")
     _PROCESSES = flags.DEFINE_integer("processes", 1, "processes that read the files", lower_bound=1)

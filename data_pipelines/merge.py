@@ -194,7 +194,7 @@ def _merge_partition(partition: Path, schema: pa.Schema, path: Path, done: Merge
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", nargs="+", required=True, help="parquet files, as paths or globs")
+    parser.add_argument("--input", action="extend", nargs="+", required=True, help="parquet files, as paths or globs")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--partition_mib", type=int, default=256, help="about how much is held in memory, in MiB")
     parser.add_argument("--max_bad_fraction", type=float, default=0.01, help="share of rows that may be dropped")

@@ -151,13 +151,28 @@ def _prepare(arguments: argparse.Namespace, beam: list[str] | None) -> dict[str,
     return prepare(preparation, processes=arguments.processes, **allowed)
 
 
+class _Once(argparse.Action):
+    """Stores what an option says, and refuses to be given again, which would leave out what it said before."""
+
+    _is_given = False
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if self._is_given:
+            parser.error(f"{option_string} is given twice; give it once")
+        self._is_given = True
+        setattr(namespace, self.dest, values)
+
+
 def _table(text: str) -> dict[str, str]:
     """Reads "field=feature,field=feature"."""
     pairs = [item.partition("=") for item in filter(None, text.split(","))]
     for field, equals, feature in pairs:
         if not (field and equals and feature):
             raise UserError(f"--features has {field + equals + feature!r}; write FIELD=FEATURE,FIELD=FEATURE")
-    return {field: feature for field, _, feature in pairs}
+    table = {field: feature for field, _, feature in pairs}
+    if len(table) < len(pairs):
+        raise UserError(f"--features {text!r} names a field twice; give each one feature")
+    return table
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -167,9 +182,10 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.register("action", None, _Once)
     parser.add_argument("--output", type=Path, required=True, help="folder of the shards")
     parser.add_argument("--kind", choices=KINDS, help="what the inputs hold")
-    parser.add_argument("--input", nargs="+", help="files, as paths or globs")
+    parser.add_argument("--input", action="extend", nargs="+", help="files, as paths or globs; may be repeated")
     parser.add_argument("--image_root", help="folder or index (image_store.py) of images that rows name")
     parser.add_argument("--filters", default="", help="name=threshold,name=threshold (filters.py)")
     parser.add_argument("--captions", default="", help="column,... of pairs; one with any of them stays")

@@ -46,13 +46,13 @@ def quantile(paths: Sequence[str], column: str, share: float) -> tuple[float, in
 
 
 def main() -> None:
-    paths = parquet.expand([_INPUT.value], where="--input")
+    paths = parquet.expand(_INPUT.value, where="--input")
     score, known, unknown = quantile(paths, _COLUMN.value, _QUANTILE.value)
     print(f"{score!r}  ({_QUANTILE.value:g} of {known} documents are not above it; {unknown} have no {_COLUMN.value})")
 
 
 if __name__ == "__main__":
-    _INPUT = flags.DEFINE_string("input", None, "parquet files, a path or glob")
+    _INPUT = flags.DEFINE_multi_string("input", None, "parquet files, a path or glob; may be repeated")
     _COLUMN = flags.DEFINE_string("column", "perplexity", "the column of scores")
     _QUANTILE = flags.DEFINE_float("quantile", 0.95, "share of the documents to keep", lower_bound=0, upper_bound=1)
     commands.run(main, required=("input",))

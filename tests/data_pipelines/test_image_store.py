@@ -234,10 +234,11 @@ def test_many_threads_read_more_files_than_stay_open(tmp_path):
 
 
 def test_a_page_finds_its_images_in_the_index_its_image_root_names(tmp_path):
-    path = write_webdataset(tmp_path / "0.tar", fetched(range(9)))
-    command = [sys.executable, "-m", "data_pipelines.image_store", "--input", path, "--output", str(tmp_path / "index")]
+    paths = [write_webdataset(tmp_path / f"{i}.tar", fetched(range(5 * i, 5 * i + 4))) for i in range(2)]
+    inputs = [argument for path in paths for argument in ("--input", path)]
+    command = [sys.executable, "-m", "data_pipelines.image_store", *inputs, "--output", str(tmp_path / "index")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "urls 7, repeated 0, failed 0" in done.stdout
+    assert "urls 6, repeated 0, failed 0" in done.stdout
     page = {"images": [url(1), None, url(2)], "texts": [None, "words", None]}
     expected = (Image(data(1)), Text("words", trained=True), Image(data(2)))
     assert obelics.parts(page, str(tmp_path / "index")) == expected
