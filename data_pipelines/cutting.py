@@ -1,7 +1,7 @@
 """Cutting: a document too large for a row becomes several, at the boundaries its kind knows.
 
 A conversation is cut between turns, and every piece has the images; a web page and scanned pages are cut between
-passages. A turn or a word that is alone too large stays rejected. The result depends on the document and the row
+passages. A turn or a passage that is alone too large stays rejected. The result depends on the document and the row
 alone.
 
 Images that cutting leaves without text are left out. That is no damage, unless the whole document has none.
