@@ -17,10 +17,11 @@ from idefics_jax.documents import Image, Part, Text
 # What this project writes; img2dataset adds columns on the download.
 SCHEMA = pa.schema([("key", pa.string()), ("png", pa.binary()), ("caption", pa.string()), ("url", pa.string())])
 IMAGE_COLUMNS = ("image", "jpg", "png", "webp")
-_STATUS = pa.field("status", pa.string())
+# How its download ended; a file may not tell.
+STATUS = pa.field("status", pa.string())
 _NEEDED = tuple(pa.schema([(image, pa.binary()), ("caption", pa.string())]) for image in IMAGE_COLUMNS)
 # What a file must have: one of these, the first that fits is read.
-NEEDED = (*(needed.append(_STATUS) for needed in _NEEDED), *_NEEDED)
+NEEDED = (*(needed.append(STATUS) for needed in _NEEDED), *_NEEDED)
 NOT_DOWNLOADED = f"{FILTERED}not_downloaded"
 
 

@@ -56,8 +56,9 @@ class ParquetRows:
         """Reads nothing yet.
 
         Args:
-          footers: of the files, all with the same columns.
-          columns: the columns to read; the files may have others, which are left alone.
+          footers: of the files.
+          columns: the columns to read; the files may have others, which are left alone. Where a file lacks one, its
+            values are null.
           cached_groups: row groups kept in memory.
         """
         self._columns = list(columns)
@@ -84,7 +85,8 @@ class ParquetRows:
           UnicodeDecodeError: a text is not UTF-8.
         """
         table = self._load(group)
-        return {name: table.column(name)[row].as_py() for name in self._columns}
+        there = set(table.column_names)
+        return {name: table.column(name)[row].as_py() if name in there else None for name in self._columns}
 
     def _load(self, group: int) -> pa.Table:
         with self._lock:

@@ -299,9 +299,9 @@ def _open_parquet(config: SourceConfig, paths: list[str]) -> parquet.ParquetRows
         needed = columns_of(footer, config.kind, where=f"{footer.path} of source {config.name!r}")
         there = {field.name: field.type for field in footer.schema}
         columns.append(list(dict.fromkeys(needed + _further_columns(config, there, footer.path))))
-    if any(names != columns[0] for names in columns):
+    if len({tuple(name for name in names if name != pairs.STATUS.name) for names in columns}) > 1:
         raise UserError(f"source {config.name!r} mixes files with different columns; make a source of each")
-    return parquet.ParquetRows(footers, columns[0], cached_groups=2 * config.window)
+    return parquet.ParquetRows(footers, max(columns, key=len), cached_groups=2 * config.window)
 
 
 def _open_shards(config: SourceConfig, paths: list[str]) -> records.RecordRows:

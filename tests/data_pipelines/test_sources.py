@@ -4,7 +4,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipelines import cauldron, obelics
+from data_pipelines import cauldron, obelics, pairs
 from data_pipelines.cache import Cache
 from data_pipelines.rejection import Rejected
 from data_pipelines.sources import DocumentSource, SourceConfig, read_documents
@@ -104,6 +104,18 @@ def test_extra_columns_and_large_types_are_read(tmp_path):
     (document,) = read_documents(SourceConfig("mine", "cauldron", (path,)))
     row.pop("id")
     assert document.parts == cauldron.parts(row, None)
+
+
+def test_pairs_with_and_without_their_status_are_read_together(tmp_path):
+    told = pairs.SCHEMA.append(pairs.STATUS)
+    rows = [{"png": b"x", "caption": "a cat"}, {"caption": "a dog", "status": "failed_to_download"}]
+    paths = (
+        write(tmp_path / "0.parquet", pairs.SCHEMA, rows[:1]),
+        write(tmp_path / "1.parquet", told, rows),
+    )
+    source = open_source(SourceConfig("mine", "pairs", paths))
+    found = [piece for i in range(3) for piece in source.read(0, i)]
+    assert sorted(getattr(one, "reason", "document") for one in found) == ["document"] * 2 + [pairs.NOT_DOWNLOADED]
 
 
 def test_bad_rows_are_values_and_good_ones_keep_their_place(tmp_path):
