@@ -18,8 +18,8 @@ _MARK = b"\xef\xbb\xbf"
 def read(path: str, kind: str) -> Iterator[tuple[str, dict[str, Any] | Rejected]]:
     """Yields (id, row) for the lines of a file in order, as rows of kind "text"; the id is "file:line" from 1.
 
-    Empty lines are passed over. Of a gzip that breaks off the whole lines are given, then one Rejected that names the
-    file.
+    Empty lines are passed over. Of a file that breaks off (a gzip without its end, or a last line that is no JSON and
+    has no line feed) the whole lines are given, then one Rejected that names the file.
 
     Args:
       path: .jsonl, or .jsonl.gz.
@@ -37,7 +37,12 @@ def read(path: str, kind: str) -> Iterator[tuple[str, dict[str, Any] | Rejected]
                 if number == 1 and line is not None and line.lstrip(_MARK).lstrip().startswith(b"["):
                     raise UserError(f"{path} is one JSON array; write a line for each item (jq -c '.[]' FILE)")
                 if line is None or line.strip():
-                    yield f"{name}:{number}", _row(f"{name}:{number}", line)
+                    row = _row(f"{name}:{number}", line)
+                    if isinstance(row, Rejected) and line is not None and _is_torn(line, row.reason):
+                        sentence = f"it breaks off in its last line, {number}; download or write it again"
+                        yield name, Rejected(name, "broken-jsonl", sentence)
+                    else:
+                        yield f"{name}:{number}", row
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         yield name, Rejected(name, "broken-gzip", f"it breaks off ({error}); download or write it again")
     except OSError as error:
@@ -55,6 +60,12 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
         while line and not line.endswith(b"\n"):
             line = file.readline(LONGEST_LINE)
         yield number, None
+
+
+def _is_torn(line: bytes, reason: str) -> bool:
+    """Says whether a line that is no row for this reason is the first part of one, and the file ends there."""
+    cut_in_character = reason == "not-utf8" and not line.endswith(b"}")
+    return not line.endswith(b"\n") and (reason == "bad-json" or cut_in_character)
 
 
 def _row(name: str, line: bytes | None) -> dict[str, Any] | Rejected:

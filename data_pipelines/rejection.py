@@ -16,7 +16,7 @@ MOST_BARREN = 10_000
 # that cutting leaves out (cutting.py).
 FILTERED = "filter:"
 # The reasons of whole files that break off (tar.py, jsonl.py): what came after is not known, nor how much.
-CUT_SHORT = ("broken-tar", "broken-gzip")
+CUT_SHORT = ("broken-tar", "broken-gzip", "broken-jsonl")
 
 # Characters of a sentence about a row: it may quote the row, and a row may hold megabytes.
 _LONGEST = 500

@@ -126,6 +126,17 @@ def test_a_gzip_that_breaks_off_gives_its_whole_lines_and_then_says_so(tmp_path)
         assert all(isinstance(row, Rejected | dict) for _, row in jsonl.read(str(path), "text"))
 
 
+def test_lines_that_break_off_are_given_up_to_the_last_and_then_that_is_said(tmp_path):
+    line = json.dumps({"question": "wieviel?", "answer": "fünf"}, ensure_ascii=False).encode() + b"\n"
+    for cut in range(1, len(line) - 1):
+        *rows, (name, last) = jsonl.read(lines(tmp_path / "a.jsonl", line * 2 + line[:cut]), "text")
+        assert [name for name, _ in rows] == ["a.jsonl:1", "a.jsonl:2"]
+        assert (name, last.reason) == ("a.jsonl", "broken-jsonl")
+    assert len(list(jsonl.read(lines(tmp_path / "a.jsonl", line + line[:-1]), "text"))) == 2
+    (name, bad) = list(jsonl.read(lines(tmp_path / "a.jsonl", line, BAD[2][0].rstrip()), "text"))[-1]
+    assert (name, bad.reason) == ("a.jsonl:2", "not-utf8")
+
+
 def test_what_cannot_be_read_is_said(tmp_path):
     with pytest.raises(UserError, match=r"one JSON array; write a line for each item \(jq"):
         list(jsonl.read(lines(tmp_path / "a.jsonl", b' [\n{"question"'), "text"))
