@@ -12,6 +12,8 @@ _PASSAGE = re.compile(
     rf".{{0,{_LONGEST - 1}}}\s",
     re.DOTALL,
 )
+# Of ASCII alone, a stretch of this length is no text but data, which a row refuses whole.
+_DATA = re.compile(rf"[!-~]{{{_LONGEST},}}\s?")
 _JOINER = "\u200d"
 
 
@@ -19,11 +21,12 @@ def passages(text: str) -> list[str]:
     """Returns the passages of a text, which put together are the text; one that is empty has one, itself.
 
     A passage has at most 200 characters and ends where a line, a sentence or a word does. A stretch that is longer and
-    has no such end, as scripts without spaces may have, is cut between two characters, never before a mark of one.
+    has no such end, as scripts without spaces may have, is cut between two characters, never before a mark of one; of
+    ASCII alone it stays whole.
     """
     found, start = [], 0
     while start < len(text):
-        match = _PASSAGE.match(text, start)
+        match = _PASSAGE.match(text, start) or _DATA.match(text, start)
         end = match.end() if match else _between_characters(text, start)
         found.append(text[start:end])
         start = end
