@@ -274,7 +274,34 @@ def _read_settings(path: epath.Path) -> dict[str, Any]:
     for name, kind in (("r", int), ("lora_alpha", (int, float))):
         if not isinstance(settings.get(name), kind) or isinstance(settings[name], bool) or settings[name] <= 0:
             raise UserError(f"{path}: {name} is {settings.get(name)!r}; it must be a positive number")
+    _check_optional(settings, path)
     return settings
+
+
+def _check_optional(settings: Mapping[str, Any], path: epath.Path) -> None:
+    """Raises UserError for a setting that may be left out, is there, and has a value that PEFT would not write."""
+    for name in ("use_dora", "use_rslora"):
+        if not isinstance(settings.get(name), bool | None):
+            raise UserError(f"{path}: {name} is {settings[name]!r}; it must be true or false")
+    dropout = settings.get("lora_dropout")
+    if dropout is not None and not (_is_number(dropout) and 0 <= dropout < 1):
+        raise UserError(f"{path}: lora_dropout is {dropout!r}; it must be a number from 0 to below 1")
+    patterns = settings.get("alpha_pattern")
+    if not isinstance(patterns, dict | None):
+        raise UserError(f"{path}: alpha_pattern is {patterns!r}; it must give an alpha to each of some patterns")
+    for pattern, alpha in (patterns or {}).items():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(
+                f"{path}: alpha_pattern has {pattern!r}, which is not a regular expression ({error}); correct it"
+            ) from error
+        if not (_is_number(alpha) and alpha > 0):
+            raise UserError(f"{path}: alpha_pattern gives {pattern!r} {alpha!r}; it must be a positive number")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _read_module(
