@@ -15,6 +15,27 @@ from idefics_jax.param_transforms import paths
 STEPS = 127  # symmetric: -128 is not used
 
 
+def check_frozen(trained: Mapping[str, Any], frozen: Mapping[str, Any], patterns: Sequence[str]) -> None:
+    """Refuses patterns that speak of kernels that train: int8 has no gradient.
+
+    Args:
+      trained: the parameters that train, as arrays or shapes.
+      frozen: the others.
+      patterns: as for `quantize`.
+
+    Raises:
+      ValueError: a pattern that matches a kernel that trains, or no kernel at all.
+    """
+    modules = [{paths.parent(p) for p in paths.flatten(tree) if p.endswith("/kernel")} for tree in (trained, frozen)]
+    chosen = paths.select(patterns, sorted(modules[0] | modules[1]), field="quantize")
+    wrong = [module for module in chosen if module in modules[0]]
+    if wrong:
+        raise ValueError(
+            f"quantize: {chosen[wrong[0]]!r} matches {wrong[0]!r}, whose kernel trains; freeze it in partition, or "
+            "narrow the pattern to kernels that are frozen"
+        )
+
+
 def quantize(params: Mapping[str, Any], patterns: Sequence[str]) -> dict[str, Any]:
     """Quantises the kernels whose module path matches a pattern.
 

@@ -80,6 +80,7 @@ def plan(config: TrainConfig) -> Plan:
         adapters = jax.eval_shape(partition.combine, *parts)  # in the order in which a run has them
         chosen = partition.choose(params, adapters, config.partition)
         base, frozen = partition.split(params, chosen)
+        quantize.check_frozen(base, frozen, config.quantize)
         frozen = jax.eval_shape(lambda tree: quantize.cast(quantize.quantize(tree, config.quantize), dtype), frozen)
     except ValueError as error:
         raise UserError(str(error)) from error

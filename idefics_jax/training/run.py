@@ -128,6 +128,7 @@ def assemble(config: TrainConfig, mesh: Mesh) -> tuple[Run, dict[str, Any], dict
         planned = partition.combine(*jax.eval_shape(lambda tree: starting_adapters(config, tree), params))
         chosen = partition.choose(params, planned, config.partition)
         base, frozen = partition.split(params, chosen)
+        quantize.check_frozen(base, frozen, config.quantize)
         frozen = quantize.cast(quantize.quantize(frozen, config.quantize), jnp.dtype(config.frozen_dtype))
         adapters, names = make_adapters(config, partition.combine(base, frozen), axes, mesh)
         trainable = trained_parts(base, adapters)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from idefics_jax import sharding
-from idefics_jax.param_transforms import lora, paths, quantize
+from idefics_jax.param_transforms import lora, partition, paths, quantize
 from tests.idefics_jax import tiny
 
 PATTERNS = ("text_model/layers/.*", "vision_model/encoder/.*")
@@ -62,6 +62,18 @@ def test_a_column_of_zeros_stays_zero():
     tree = {"x": {"kernel": jnp.zeros((3, 2)).at[:, 1].set(2.0)}}
     back = quantize.dequantize(quantize.quantize(tree, ("x",)), jnp.float32)
     np.testing.assert_array_equal(back["x"]["kernel"], tree["x"]["kernel"])
+
+
+@pytest.mark.parametrize("trains", ["text_model/layers/mlp/up_proj/kernel", "text_model/layers/.*"])
+def test_a_pattern_that_matches_a_kernel_that_trains_is_an_error(trains):
+    params = tiny.params()
+    rules = (partition.Rule(trains, "trainable"), partition.Rule(".*", "frozen"))
+    trained, frozen = partition.split(params, partition.choose(params, {}, rules))
+    quantize.check_frozen(trained, frozen, ("vision_model/encoder/.*", "text_model/lm_head"))
+    with pytest.raises(
+        ValueError, match=r"'text_model/layers/\.\*' matches 'text_model/layers/.*', whose kernel trains"
+    ):
+        quantize.check_frozen(trained, frozen, ("text_model/layers/.*",))
 
 
 def test_a_pattern_that_matches_nothing_is_an_error():
