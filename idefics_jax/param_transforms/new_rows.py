@@ -35,6 +35,12 @@ def init(params: Mapping[str, Any], count: int) -> dict[str, Any]:
     return paths.unflatten(rows)
 
 
+def tables(adapters: Mapping[str, Any]) -> list[str]:
+    """Returns the paths of the tables whose last rows lie among the adapters."""
+    modules = [paths.parent(path) for path in paths.flatten(adapters) if paths.name(path) == NAME]
+    return [f"{module}/{TABLES[module]}" for module in modules]
+
+
 def axes(adapters: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the rows' logical axes; there are too few of them to be cut along the vocabulary."""
     return paths.map_paths(

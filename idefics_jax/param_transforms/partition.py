@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from idefics_jax.param_transforms import paths
+from idefics_jax.param_transforms import new_rows, paths
 
 TRAINABLE, FROZEN = "trainable", "frozen"
 
@@ -55,7 +55,8 @@ def choose(params: Mapping[str, Any], adapters: Mapping[str, Any], rules: Sequen
       rules: in order.
 
     Raises:
-      ValueError: a pattern that matches nothing, a leaf that no pattern matches, or an adapter that would be frozen.
+      ValueError: a pattern that matches nothing, a leaf that no pattern matches, an adapter that would be frozen, or
+        new rows beside a table that would train.
     """
     flat = [*paths.flatten(params), *paths.flatten(adapters)]
     by_pattern = {rule.pattern: rule for rule in rules}
@@ -72,6 +73,12 @@ def choose(params: Mapping[str, Any], adapters: Mapping[str, Any], rules: Sequen
             f"partition: the row {chosen[idle[0]].pattern!r} freezes the adapter {idle[0]!r}; put a 'trainable' row "
             "that matches it above"
         )
+    for path in new_rows.tables(adapters):
+        if chosen[path].state == TRAINABLE:
+            raise ValueError(
+                f"partition: the row {chosen[path].pattern!r} trains the whole of {path!r}, beside which new_rows are "
+                "of no use; put a 'frozen' row that matches it above, or set new_rows to 0"
+            )
     return chosen
 
 

@@ -69,6 +69,16 @@ def test_impossible_rows_are_refused(row, message):
         Rule(*row)
 
 
+def test_new_rows_beside_a_table_that_trains_are_refused():
+    params = {"text_model": {"embed_tokens": {"embedding": np.ones((4, 3))}}}
+    rows = {"text_model": {"embed_tokens": {"new_rows": np.ones((1, 3))}}}
+    choose(params, rows, (trainable(".*/new_rows"), frozen(".*")))
+    with pytest.raises(
+        ValueError, match="row '.*' trains the whole of 'text_model/embed_tokens/embedding', .*new_rows"
+    ):
+        choose(params, rows, (trainable(".*"),))
+
+
 def test_table_lists_every_leaf_with_state_rate_and_decay():
     chosen = choose(PARAMS, ADAPTERS, (trainable("a/.*", 0.5, 0.1), trainable(".*/lora_.*"), frozen(".*")))
     rates = {"a/kernel": 5e-4, "a/bias": 5e-4, "b/lora_A": 1e-3, "b/lora_B": 1e-3}
