@@ -121,6 +121,21 @@ def initial_params(config: TrainConfig, sizes: Idefics2Config, mesh: Mesh) -> di
     return partition.combine(params, random_params(config, sizes, missing))
 
 
+def check_random(config: TrainConfig, shapes: dict[str, Any]) -> None:
+    """Checks the patterns of `init_std` against the parameters that no folder gives, without reading one.
+
+    Args:
+      config: the run's settings.
+      shapes: all parameters of the model, as arrays or shapes.
+
+    Raises:
+      ValueError: a pattern is malformed, or matches no random parameter.
+    """
+    given = tuple(f"{part}/" for part in config.init_parts)
+    random = [path for path in paths.flatten(shapes) if not config.init_from and not path.startswith(given)]
+    paths.select(dict(config.init_std), random, field="init_std")
+
+
 def random_params(config: TrainConfig, sizes: Idefics2Config, shardings: dict[str, Any]) -> dict[str, Any]:
     """Returns random parameters where `shardings` has a leaf: the parts' own initialisation, or that of `init_std`."""
     deviation, wanted = dict(config.init_std), paths.flatten(shardings)

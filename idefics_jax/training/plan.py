@@ -10,14 +10,15 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from idefics_jax import sharding
+from idefics_jax import settings, sharding
 from idefics_jax.config import Idefics2Config
 from idefics_jax.errors import UserError
+from idefics_jax.images import ImageRules
 from idefics_jax.param_transforms import partition, quantize
 from idefics_jax.param_tree import abstract_params
 from idefics_jax.training.checkpoint import with_shardings
 from idefics_jax.training.config import TrainConfig
-from idefics_jax.training.initial import from_sections, load_processor, model_config
+from idefics_jax.training.initial import check_random, from_sections, load_processor, model_config
 from idefics_jax.training.optimizer import make_optimizer, peak_rates
 from idefics_jax.training.run import adapter_axes, starting_adapters, subtree, trained_parts
 from idefics_jax.training.step import init_state, state_axes
@@ -74,8 +75,12 @@ def plan(config: TrainConfig) -> Plan:
     devices = f"mesh {dict(config.mesh)}: {several}{sharding.fixed_devices(config.mesh)} device(s)"
     # Any id of `<image>`: shapes do not depend on it.
     sizes = from_sections(config, image_token_id=1) if config.model else model_config(config, load_processor(config))
+    settings.check_names(
+        config.image_rules, [field.name for field in dataclasses.fields(ImageRules)], "config.image_rules"
+    )
     (params, axes), dtype = abstract_params(sizes), jnp.dtype(config.frozen_dtype)
     try:
+        check_random(config, params)
         parts = jax.eval_shape(lambda tree: starting_adapters(config, tree), params)
         adapters = jax.eval_shape(partition.combine, *parts)  # in the order in which a run has them
         chosen = partition.choose(params, adapters, config.partition)

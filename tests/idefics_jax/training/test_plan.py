@@ -52,6 +52,23 @@ def test_a_pattern_that_matches_nothing_is_refused(adapted):
         plan(TrainConfig.from_config_dict(adapted))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_rules": {"longest_edg": 3}}, "image_rules.longest_edg is not a setting; did you mean 'longest_edge'"),
+        ({"init_std": (("(", 0.5),)}, r"init_std: '\(' is not a regular expression"),
+        ({"init_std": (("foo", 0.5),)}, "init_std: 'foo' matches no parameter"),
+        (
+            {"init_std": (("text_model/.*", 0.5),), "init_parts": {"text_model": "/nowhere"}},
+            r"init_std: 'text_model/\.\*' matches no parameter",
+        ),
+    ],
+)
+def test_what_the_run_would_refuse_is_refused(values, change, message):
+    with pytest.raises(UserError, match=message):
+        plan(TrainConfig.from_config_dict({**values, **change}))
+
+
 def test_a_plan_in_which_nothing_trains_is_refused(values):
     values["partition"] = ((".*", "frozen"),)
     with pytest.raises(UserError, match="nothing would train"):
