@@ -5,6 +5,7 @@ import difflib
 import errno
 import importlib.util
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -92,14 +93,20 @@ def _parse(argv: list[str], required: tuple[str, ...], takes_command: bool) -> l
 
 
 @contextlib.contextmanager
-def _flag_errors() -> Iterator[None]:
-    """Turns what parsing flags raises into a UserError."""
+def _flag_errors(where: str = "") -> Iterator[None]:
+    """Turns what parsing flags raises into a UserError; `where` stands before what is said of an override's name."""
     try:
         yield
     except (ArithmeticError, AttributeError, ImportError, LookupError, NameError, SyntaxError, TypeError) as error:
         # ml_collections reports a misspelt override by what its look-up raised.
+        if isinstance(error, AttributeError) and error.args and isinstance(error.args[0], KeyError):
+            error = error.args[0]
         said = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-        raise UserError(f"an override of the config is wrong: {said}") from error
+        if re.match(r"'[^']*'(\n|$)", said):
+            name, _, hint = said.partition("\n")
+            hint = f" ({hint})" if hint else ""
+            raise UserError(f"{where}the config has no setting {name}; correct the override{hint}") from error
+        raise UserError(f"{where}an override of the config is wrong: {said}") from error
     except (flags.Error, ValueError) as error:
         raise UserError(str(error)) from error
 
@@ -176,7 +183,7 @@ def read_config(path: str, overrides: Sequence[str]) -> ConfigDict:
     argv = ["", f"--config={path}", *(f"--config.{override}" for override in overrides)]
     values = flags.FlagValues()
     holder = _define_config(None, "", values, argv)
-    with _flag_errors():
+    with _flag_errors(f"{path}: "):
         values(argv)
     return holder.value
 

@@ -10,7 +10,7 @@ from absl import flags, logging
 from idefics_jax import buckets, commands
 
 _CONFIG = commands.define_config(None, "what to ask, configs/eval/NAME.py")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "a work directory, a model folder or a Hugging Face folder")
+_CHECKPOINT = commands.define_folder("checkpoint", None, "a work directory, a model folder or a Hugging Face folder")
 _OUT = flags.DEFINE_string("out", None, "folder for the results; by default CHECKPOINT/eval")
 
 

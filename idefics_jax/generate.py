@@ -11,7 +11,7 @@ from etils import epath
 from idefics_jax import commands
 from idefics_jax.errors import UserError
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "a work directory, a model folder or a Hugging Face folder")
+_CHECKPOINT = commands.define_folder("checkpoint", None, "a work directory, a model folder or a Hugging Face folder")
 _IMAGE = flags.DEFINE_multi_string("image", [], "an image file; may be given several times")
 _PROMPT = flags.DEFINE_string("prompt", None, "what to ask")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "most tokens of the answer")

@@ -56,8 +56,10 @@ def from_sections(config: TrainConfig, *, image_token_id: int) -> Idefics2Config
     """Returns the sizes that the config's `model` section tells; the id is used where it tells none.
 
     Raises:
-      UserError: a name in it is not read, or `Idefics2Config.from_hf` refuses a value.
+      UserError: it has no decoder, a name in it is not read, or `Idefics2Config.from_hf` refuses a value.
     """
+    if config.model.get("text_config") is None:
+        raise UserError("config.model.text_config is missing; add the sizes of the decoder ({} for Mistral 7B's)")
     sizes = Idefics2Config.from_hf({"image_token_id": image_token_id, **config.model, "model_type": "idefics2"})
     for where, part in (("config.model", sizes), *((f"config.model.{name}", getattr(sizes, name)) for name in PARTS)):
         fields = [field.name for field in dataclasses.fields(part) if field.name != "extra"]

@@ -58,11 +58,20 @@ def test_overrides_are_read_as_on_the_command_line(tmp_path):
     path.write_text(GOOD)
     assert read_config(str(path), ["size=large"]).to_dict() == {"size": "large"}
     for override, message in (
-        ("colour=red", "'colour'"),
+        ("colour=red", "good.py: the config has no setting 'colour'; correct the override"),
+        ("sizee=1", "good.py: the config has no setting 'sizee'.*Did you mean \"size\""),
         ("size", "'size' sets nothing; write it as NAME=VALUE"),
     ):
         with pytest.raises(UserError, match=message):
             read_config(str(path), [override])
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate"])
+def test_an_empty_checkpoint_is_not_the_current_folder(command):
+    words = [sys.executable, "-m", f"idefics_jax.{command}", "--checkpoint="]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "it is empty; give a folder" in done.stderr
 
 
 def test_help_shows_the_flags_that_are_defined_by_a_function_of_commands():

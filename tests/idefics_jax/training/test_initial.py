@@ -175,6 +175,12 @@ def test_a_misspelt_size_is_refused_by_name(values, section, name, message):
         from_sections(TrainConfig.from_config_dict(values), image_token_id=1)
 
 
+def test_a_model_without_a_decoder_is_refused_by_name(values):
+    del values["model"]["text_config"]
+    with pytest.raises(UserError, match="config.model.text_config is missing; add the sizes of the decoder"):
+        from_sections(TrainConfig.from_config_dict(values), image_token_id=1)
+
+
 def test_sections_of_a_config_json_that_are_read_without_a_field_are_allowed(values):
     values["model"]["text_config"] |= {"model_type": "mistral", "attention_dropout": 0.0}
     values["model"]["text_config"]["rope_parameters"] = {"rope_type": "default", "rope_theta": 500.0}
