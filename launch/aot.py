@@ -72,7 +72,7 @@ class Compiled:
     traced: float
 
 
-def compile_step(config: TrainConfig, slice_name: str, dump_to: str | None = None) -> Compiled:
+def compile_step(config: TrainConfig, slice_name: str, *, dump_to: str | None) -> Compiled:
     """Compiles the training step of a recipe; `dump_to` is a folder that the compiler writes its program to.
 
     Raises:
@@ -212,18 +212,19 @@ def print_collectives(collectives: tuple[Collective, ...]) -> None:
     print_table(["", "MiB", "times", "devices", "beside computation"], rows)
 
 
-def check(values: Any, slice_name: str, *, rows: Rows | None) -> dict[str, float]:
+def check(values: Any, slice_name: str, *, rows: Rows | None, dump_to: str | None) -> dict[str, float]:
     """Compiles a recipe for a slice, prints what is found and returns it.
 
     Args:
       values: what a file in configs/ returns.
       slice_name: see slices.find.
       rows: packed ones, or None to pack the recipe's mixture.
+      dump_to: folder for what the compiler writes of its program, or None.
     """
     config, where = TrainConfig.from_config_dict(values.to_dict()), slices.find(slice_name)
     rows = packed_rows(values) if rows is None else rows
     try:
-        return report(compile_step(config, slice_name, _DUMP_TO.value), config, rows, where)
+        return report(compile_step(config, slice_name, dump_to=dump_to), config, rows, where)
     except DoesNotFit as error:
         print(error)
         return {"fits": False} | ({"peak_gib": gib(error.bytes_wanted)} if error.bytes_wanted else {})
@@ -271,7 +272,7 @@ def _try(
         tried.data.shape.rows = tried.data.virtual_shards = count
     config = TrainConfig.from_config_dict(tried.to_dict())
     try:
-        compiled = compile_step(config, slice_name)
+        compiled = compile_step(config, slice_name, dump_to=None)
     except DoesNotFit as error:
         print(f"remat {policy!r}, {count} rows: {error}", flush=True)
         return None
@@ -288,8 +289,10 @@ def main() -> None:
     rows = full_rows(BatchShape(**values.data.shape)) if _FULL_ROWS.value else None
     if _FITS_ONLY.value:
         numbers = fits(sys.argv[1:])
+    elif _SEARCH.value:
+        numbers = search(values, SLICE.value, rows=rows)
     else:
-        numbers = (search if _SEARCH.value else check)(values, SLICE.value, rows=rows)
+        numbers = check(values, SLICE.value, rows=rows, dump_to=_DUMP_TO.value)
     write_json(numbers)
 
 

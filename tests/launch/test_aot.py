@@ -24,7 +24,7 @@ def recipe(devices: int):
 @pytest.mark.parametrize("name", ["v4-8", "v5e-8", "v5p-8"])
 def test_a_recipe_is_compiled_for_a_slice_of_each_generation(name, capsys):
     config = recipe(slices.find(name).chips)
-    found = aot.check(config, name, rows=aot.full_rows(aot.BatchShape(**config.data.shape)))
+    found = aot.check(config, name, rows=aot.full_rows(aot.BatchShape(**config.data.shape)), dump_to=None)
     assert found["fits"]
     assert 0 < found["peak_gib"] < 1
     assert 0 < found["estimated_mfu"] < found["estimated_hfu"] < 1
@@ -42,7 +42,7 @@ def test_a_search_doubles_until_it_does_not_fit(room, largest):
 def test_a_step_that_does_not_fit_is_told_with_what_it_wants(capsys):
     config = recipe(8)
     config.data.shape.rows = 8 * 2**16
-    found = aot.check(config, "v5e-8", rows=aot.full_rows(aot.BatchShape(**config.data.shape)))
+    found = aot.check(config, "v5e-8", rows=aot.full_rows(aot.BatchShape(**config.data.shape)), dump_to=None)
     assert not found["fits"]
     assert found["peak_gib"] > 15.75
     assert "it does not fit" in capsys.readouterr().out
@@ -50,7 +50,7 @@ def test_a_step_that_does_not_fit_is_told_with_what_it_wants(capsys):
 
 def test_what_the_compiler_writes_as_it_goes_tells_memory_and_collectives(tmp_path):
     config = recipe(8)
-    compiled = aot.compile_step(aot.TrainConfig.from_config_dict(config.to_dict()), "v5e-8", str(tmp_path))
+    compiled = aot.compile_step(aot.TrainConfig.from_config_dict(config.to_dict()), "v5e-8", dump_to=str(tmp_path))
     peak, collectives = program.dumped(tmp_path, "jit_step")
     # It counts constants and what calls take, a page at least each; of a large program both are nothing.
     assert compiled.cost.peak_bytes <= peak < compiled.cost.peak_bytes + 2**21
