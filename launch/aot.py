@@ -24,17 +24,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import flags
 
 from idefics_jax import commands, sharding
 from idefics_jax.batch import BatchShape, batch_spec
 from idefics_jax.errors import UserError
-from idefics_jax.models.idefics2 import Idefics2
 from idefics_jax.stack import REMAT_POLICIES
 from idefics_jax.training.config import TrainConfig
 from idefics_jax.training.plan import Plan, plan
-from idefics_jax.training.step import make_train_step
+from idefics_jax.training.run import make_step
 from launch import estimate, kernels, program, slices
 from launch.chips import CHIPS
 from launch.estimate import Estimate, gib
@@ -84,19 +82,8 @@ def compile_step(config: TrainConfig, slice_name: str, *, dump_to: str | None) -
     state, frozen = planned.placed(mesh, rules)
     rows = sharding.batch_sharding(mesh)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch_spec(config.data.shape))
-    model = Idefics2(
-        planned.sizes, dtype=jnp.dtype(config.dtype), remat=config.remat, neftune_alpha=config.neftune_alpha
-    )
     with sharding.use_mesh(mesh, rules):
-        step = make_train_step(
-            model,
-            planned.optimizer,
-            tuple(config.lora.values()),
-            accumulation=config.accumulation,
-            chunk=config.loss_chunk,
-            seed=config.seed,
-            max_skipped=config.max_skipped_steps,
-        )
+        step = make_step(config, planned.sizes, planned.optimizer)
         places = jax.tree.map(lambda x: x.sharding, state)
         options = program.OPTIONS | ({"xla_dump_to": dump_to, "xla_dump_hlo_as_text": True} if dump_to else {})
         traced = jax.jit(step, donate_argnums=0, out_shardings=(places, None)).trace(state, frozen, batch)

@@ -109,6 +109,24 @@ def row_share(mesh: Mesh, rows: int) -> RowShare:
     return RowShare(parts.index(here), len(parts), leads=jax.process_index() == min(alike))
 
 
+def make_model(config: TrainConfig, sizes: Idefics2Config) -> Idefics2:
+    """Returns the module that a run trains."""
+    return Idefics2(sizes, dtype=jnp.dtype(config.dtype), remat=config.remat, neftune_alpha=config.neftune_alpha)
+
+
+def make_step(config: TrainConfig, sizes: Idefics2Config, optimizer: optax.GradientTransformation) -> Callable:
+    """Returns the step of a run, as `make_train_step` does."""
+    return make_train_step(
+        make_model(config, sizes),
+        optimizer,
+        tuple(config.lora.values()),
+        accumulation=config.accumulation,
+        chunk=config.loss_chunk,
+        seed=config.seed,
+        max_skipped=config.max_skipped_steps,
+    )
+
+
 def assemble(config: TrainConfig, mesh: Mesh) -> tuple[Run, dict[str, Any], dict[str, Any]]:
     """Builds everything a run needs, inside `sharding.use_mesh`.
 
@@ -121,8 +139,7 @@ def assemble(config: TrainConfig, mesh: Mesh) -> tuple[Run, dict[str, Any], dict
     processor = load_processor(config)
     sizes, rules = model_config(config, processor), sharding.RULES[config.sharding]
     shapes, axes = abstract_params(sizes)
-    model = Idefics2(sizes, dtype=jnp.dtype(config.dtype), remat=config.remat, neftune_alpha=config.neftune_alpha)
-    spec = tuple(config.lora.values())
+    model = make_model(config, sizes)
     try:
         params = initial_params(config, sizes, mesh)
         planned = partition.combine(*jax.eval_shape(lambda tree: starting_adapters(config, tree), params))
@@ -142,15 +159,7 @@ def assemble(config: TrainConfig, mesh: Mesh) -> tuple[Run, dict[str, Any], dict
     trainable_axes = {"params": subtree(axes, base), "adapters": names}
     state_places = sharding.tree_shardings(mesh, state_axes(state_shapes, trainable_axes), rules)
     frozen_places = sharding.tree_shardings(mesh, quantize.axes(axes, frozen), rules)
-    step = make_train_step(
-        model,
-        optimizer,
-        spec,
-        accumulation=config.accumulation,
-        chunk=config.loss_chunk,
-        seed=config.seed,
-        max_skipped=config.max_skipped_steps,
-    )
+    step = make_step(config, sizes, optimizer)
     leaves = ((base, trainable_axes["params"]), (frozen, quantize.axes(axes, frozen)), (adapters, names))
     flat_shapes, flat_axes = (
         {path: leaf for pair in leaves for path, leaf in paths.flatten(pair[i]).items()} for i in range(2)

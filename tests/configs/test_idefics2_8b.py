@@ -3,7 +3,6 @@
 import math
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from configs.idefics2_8b import chat, instruct, stage1, stage2
@@ -11,12 +10,11 @@ from data_pipelines.filters import Filters
 from idefics_jax import sharding
 from idefics_jax.batch import batch_spec
 from idefics_jax.config import Idefics2Config
-from idefics_jax.models.idefics2 import Idefics2
 from idefics_jax.param_transforms import paths
 from idefics_jax.param_tree import abstract_params, param_shapes
 from idefics_jax.training.config import TrainConfig
 from idefics_jax.training.plan import plan
-from idefics_jax.training.step import make_train_step
+from idefics_jax.training.run import make_step
 
 RECIPES = {"stage1": stage1, "stage2": stage2, "instruct": instruct, "chat": chat}
 
@@ -144,16 +142,7 @@ def test_the_step_of_the_whole_model_fits_its_batch(name):
     """Traced, not compiled: 2,048 rows, eight billion parameters, no array."""
     config = built(name)
     laid_out = plan(config)
-    model = Idefics2(laid_out.sizes, jnp.dtype(config.dtype), config.remat, neftune_alpha=config.neftune_alpha)
-    step = make_train_step(
-        model,
-        laid_out.optimizer,
-        tuple(config.lora.values()),
-        accumulation=config.accumulation,
-        chunk=config.loss_chunk,
-        seed=config.seed,
-        max_skipped=config.max_skipped_steps,
-    )
+    step = make_step(config, laid_out.sizes, laid_out.optimizer)
     state, metrics = jax.eval_shape(step, laid_out.state, laid_out.frozen, batch_spec(config.data.shape))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(
         lambda x: (x.shape, x.dtype), laid_out.state
