@@ -24,6 +24,7 @@ from typing import Any
 import grain
 
 from data_pipelines import position
+from data_pipelines.ahead import AheadIterDataset
 from data_pipelines.batches import DecodeIterDataset, Decoding
 from data_pipelines.cache import Cache
 from data_pipelines.mixture import Mixture
@@ -74,7 +75,7 @@ class DataConfig:
       rounds: attempts to improve each row (packing.pack_row).
       max_bad_fraction: share of documents that may be rejected before the run stops, in [0, 1).
       num_threads: threads that read, and as many that decode; 0 for none.
-      prefetch: batches made ahead, in a thread of its own; at least 1.
+      prefetch: batches made ahead in a thread of its own, the one under way included; at least 1.
       cache_mib: memory for documents kept encoded and decoded, in MiB; for data small enough to be read many times.
     """
 
@@ -188,7 +189,7 @@ def batches(
         about=json.dumps(about),
     )
     decoded = DecodeIterDataset(packed, decoding, processor=processor, cache=cache)
-    return iter(grain.experimental.ThreadPrefetchIterDataset(decoded, prefetch_buffer_size=config.prefetch))
+    return iter(AheadIterDataset(decoded, count=config.prefetch))
 
 
 def _check(config: DataConfig, processor: Processor, process_count: int) -> None:

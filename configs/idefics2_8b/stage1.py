@@ -182,7 +182,7 @@ def data() -> ConfigDict:
             "rounds": 40,
             "max_bad_fraction": 0.05,
             "num_threads": 16,
-            "prefetch": 1,  # a process's rows of a batch are hundreds of MiB, and three batches are alive then
+            "prefetch": 1,  # a process's rows of a batch are hundreds of MiB: one in use and one being made
             "cache_mib": 0,
         }
     )

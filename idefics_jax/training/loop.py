@@ -201,6 +201,7 @@ def steps(
                 if step % config.checkpoint_every == 0:
                     checkpoints.save(step, state, data, progress.state(), sound=progress.sound)
                     writer.flush()
+            del packed  # it is on the devices; while the next is waited for, one more is made
         with naming_the_last_checkpoint(checkpoints):
             checkpoints.save(step, state, data, progress.state(), sound=progress.sound)
     return state, step == config.steps

@@ -6,12 +6,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 
 import jax
 import numpy as np
 import pytest
 from etils import epath
 
+from data_pipelines import pipeline
 from idefics_jax import commands
 from idefics_jax.convert.__main__ import main as convert
 from idefics_jax.convert.orbax import load_model
@@ -60,6 +62,28 @@ def test_two_runs_with_one_seed_are_equal_to_the_last_bit(values, unbroken, tmp_
     lines, params = run(values, tmp_path)
     assert lines == unbroken[0]
     jax.tree.map(np.testing.assert_array_equal, params, unbroken[1])
+
+
+def test_a_batch_is_let_go_of_before_the_next_is_waited_for(values, tmp_path, monkeypatch):
+    make, taken = pipeline.batches, []
+
+    def watched(*args, **kinds):
+        data = make(*args, **kinds)
+
+        class Watched(type(data)):
+            def __next__(self):
+                assert [batch() for batch in taken] == [None] * len(taken)
+                packed = super().__next__()
+                taken.append(weakref.ref(packed))
+                return packed
+
+        data.__class__ = Watched
+        return data
+
+    monkeypatch.setattr(pipeline, "batches", watched)
+    values["steps"] = 3
+    run(values, tmp_path)
+    assert len(taken) == 3
 
 
 def test_a_finished_run_run_again_changes_nothing(values, tmp_path):
