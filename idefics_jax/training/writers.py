@@ -2,16 +2,18 @@
 
 `import clu.metric_writers` imports TensorFlow for one of its writers (clu 0.0.12, its last release). An empty module
 takes that writer's place before the package is imported; ours, of the same interface, writes with tensorboardX.
+tensorboardX in turn imports torch and Google's client where they are installed, for what is not used here; it is kept
+from both, which take as long as all of the rest.
 """
 
+import contextlib
 import json
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import tensorboardX
 from etils import epath
 
 from idefics_jax.buckets import Outbox
@@ -21,6 +23,22 @@ _summary_writer.SummaryWriter = None
 sys.modules.setdefault("clu.metric_writers.summary_writer", _summary_writer)
 
 from clu import metric_writers  # noqa: E402  (only importable after the line above)
+
+
+@contextlib.contextmanager
+def _as_if_not_installed(*names: str) -> Iterator[None]:
+    """Makes the import of modules fail inside, but for those that have been imported already."""
+    hidden = [name for name in names if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+
+
+with _as_if_not_installed("torch", "google.cloud.storage"):
+    import tensorboardX
 
 
 class TensorBoardWriter(metric_writers.MetricWriter):
