@@ -60,7 +60,9 @@ class _AheadIterator(grain.DatasetIterator):
 
     def __del__(self):
         # Whichever thread lets go of it last does not wait: it may be its own.
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        for future in self._made:
+            future.cancel()
+        self._thread.shutdown(wait=False)
 
     def _begin(self) -> None:
         while len(self._made) < self._count:

@@ -56,8 +56,13 @@ class Augmentation:
     @property
     def is_random(self) -> bool:
         """Whether a row may give another document in another epoch."""
-        of_images = self.split_share is not None or self.upscale > 0
-        return of_images or self.shuffle_turns or self.line_break > 0 or len(self.suffixes) > 1
+        of_turns = self.shuffle_turns or self.line_break > 0 or len(self.suffixes) > 1
+        return self.is_random_of_images or of_turns
+
+    @property
+    def is_random_of_images(self) -> bool:
+        """Whether chance changes how images are read; if not, `of_document` returns its document."""
+        return self.split_share is not None or self.upscale > 0
 
     @property
     def of_turns_alone(self) -> tuple[str, ...]:

@@ -215,7 +215,8 @@ class DocumentSource:
             if augmentation.of_turns_alone:
                 turns = augmentation.of_turns(kind.turns(values), np.random.default_rng(seed))
                 values = kind.with_turns(values, turns)
-            values, taken = _filtered(self._config, values, np.random.default_rng((*seed, 2)).random())
+            draw = np.random.default_rng((*seed, 2)).random() if len(self._config.captions) > 1 else 0.0
+            values, taken = _filtered(self._config, values, draw)
             units = max(1, kind.units(values))
         except BadRow as error:
             return (Rejected(f"{self._config.name}/{name}", error.reason, str(error)),)
@@ -226,7 +227,9 @@ class DocumentSource:
             document = _document(self._config, row, piece)
             if isinstance(document, Rejected):
                 return document
-            return self._prepare(augmentation.of_document(document, np.random.default_rng((*seed, 1))))
+            if augmentation.is_random_of_images:  # to make a generator takes as long as to read a record
+                document = augmentation.of_document(document, np.random.default_rng((*seed, 1)))
+            return self._prepare(document)
 
         taken_out = [Rejected(f"{self._config.name}/{name}", reason, "an image of it") for reason in taken.elements()]
         return (*cutting.cut(units, make), *taken_out)

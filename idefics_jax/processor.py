@@ -154,6 +154,8 @@ class Processor:
         # As the reference: a word that touches an image gets its word boundary back, except before "<".
         space = previous == self.tokenizer.fake_token_id and not (text[0].isspace() or text[0] == "<")
         ids, begins = self.tokenizer.encode_spans(" " + text if space else text, at_start=previous is None)
+        if len({part.trained for part in texts}) == 1:
+            return ids, [texts[0].trained] * len(ids)
         flags = np.repeat([part.trained for part in texts], [len(part.text) for part in texts])
         return ids, [bool(flags[max(begin - space, 0)]) for begin in begins]
 

@@ -1,5 +1,7 @@
 """Batches made ahead: as many as asked for, in order, and never one more."""
 
+import subprocess
+import sys
 import threading
 import time
 
@@ -78,3 +80,14 @@ def test_closing_ends_the_thread_and_may_be_repeated():
     data.close()
     data.close()
     assert threading.active_count() == before
+
+
+def test_a_process_ends_in_silence_with_batches_under_way():
+    lines = (
+        "from data_pipelines.ahead import AheadIterDataset",
+        "from tests.data_pipelines.test_ahead import Numbers",
+        "data = iter(AheadIterDataset(Numbers(last=100), count=2))",
+        "print(next(data))",
+    )
+    ended = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
+    assert (ended.stdout, ended.stderr) == ("1\n", "")
