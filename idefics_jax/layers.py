@@ -23,8 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from idefics_jax.dropout import dropped
 from idefics_jax.sharding import constrain
-from idefics_jax.side_path import adapted, dropped
+from idefics_jax.side_path import adapted
 
 Dtype = jnp.dtype
 Initializer = Callable[..., jax.Array]
@@ -70,13 +71,15 @@ class Linear(nn.Module):
         if "lora_A" in adapter:
             rng = self.make_rng("dropout") if self.has_rng("dropout") else None
             y = adapted(x, y, kernel, scale, adapter, rng, x_a)
+        else:
+            y = checkpoint_name(y, "linear")
         if "new_rows" in adapter:
             new = x @ adapter["new_rows"].astype(self.dtype)
             y = jax.lax.dynamic_update_slice_in_dim(y, new, self.features - new.shape[-1], axis=-1)
         if self.use_bias:
             init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
             y = y + self.param("bias", init, (self.features,)).astype(self.dtype)
-        return checkpoint_name(y, "linear")
+        return y
 
 
 def shared_lora_a(module: nn.Module, x: jax.Array, names: tuple[str, ...]) -> dict[str, jax.Array]:

@@ -52,7 +52,8 @@ def main() -> None:
 
 def parts(params: dict, adaptation: str) -> tuple[dict, dict, lora.LoraSpec]:
     """Returns what trains, what does not, and the adapters' spec: the connector alone, with adapters, or everything."""
-    spec = (lora.LoraTarget(ADAPTERS, 2, 4.0, 0.0, dora=adaptation == "dora"),) * (adaptation in ("lora", "dora"))
+    dora = adaptation == "dora"
+    spec = (lora.LoraTarget(ADAPTERS, 2, 4.0, 0.0 if dora else 0.1, dora),) * (adaptation in ("lora", "dora"))
     adapters = lora.init(params, spec, jax.random.key(1)) if spec else {}
     # B starts at zero; moved, so that A has a gradient too.
     adapters = jax.tree.map(lambda x: np.asarray(x + 0.1), adapters)

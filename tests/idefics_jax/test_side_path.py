@@ -1,5 +1,7 @@
 """DoRA on the side path: PEFT's values and gradients, column norms without the column; dropout; noise on embeddings."""
 
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from idefics_jax.layers import Linear, shared_lora_a
 from idefics_jax.param_transforms import lora
 from idefics_jax.side_path import column_norms, neftune
+from idefics_jax.stack import REMAT_POLICIES
 
 SIZE_IN, SIZE_OUT, RANK, ALPHA = 7, 5, 2, 6.0
 LINEAR = Linear(SIZE_OUT, ("embed", "mlp"), 0.02, jnp.float32, use_bias=True)
@@ -93,6 +96,32 @@ def test_dropout_drops_from_the_side_path_alone_and_keeps_its_mean():
     np.testing.assert_allclose(kept.var(), SIZE_IN * 0.75 * 0.25, rtol=0.1)
     assert np.array_equal(run({"dropout": jax.random.key(0)}, 0.25)[:, 0], dropped)
     assert not np.array_equal(run({"dropout": jax.random.key(1)}, 0.25)[:, 0], dropped)
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_what_the_policy_linear_keeps_spares_every_product_of_a_frozen_kernel(dora):
+    linear = Linear(SIZE_OUT, ("embed", "mlp"), 0.02, jnp.float32)
+    adapter = {"lora_A": jnp.ones((SIZE_IN, RANK)), "lora_B": jnp.ones((RANK, SIZE_OUT))}
+    adapter |= {"lora_magnitude": jnp.ones(SIZE_OUT)} if dora else {}
+
+    def loss(adapter, x, remat):
+        def run(adapter, x):
+            # Squared, so that the product itself is needed in the backward pass.
+            y = linear.apply({"params": {"kernel": jnp.ones((SIZE_IN, SIZE_OUT))}, "adapters": adapter}, x)
+            return jnp.sum(jnp.square(y))
+
+        return jax.checkpoint(run, policy=REMAT_POLICIES[remat])(adapter, x)
+
+    def products(remat):
+        text = str(
+            jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)), static_argnums=2)(adapter, jnp.ones((7, SIZE_IN)), remat)
+        )
+        # The frozen product is the only one that gives [7, out] from a sum over `in`.
+        return len(re.findall(rf"f32\[7,{SIZE_OUT}\] = dot_general", text))
+
+    into_out = 2  # x @ W and x_a @ B
+    assert products("linear") == into_out
+    assert products("full") == 2 * into_out
 
 
 class Siblings(nn.Module):
