@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import hashlib
+import math
 import os
 import shlex
 import threading
@@ -43,6 +44,8 @@ CONVERSATIONS = ("cauldron", "text")
 Rows = parquet.ParquetRows | records.RecordRows | tfds_source.TfdsRows
 # What the names of files end in that preparation reads and training cannot.
 SEQUENTIAL = (".tar", ".jsonl", ".jsonl.gz")
+# After so many missing images and not one that was found, the folder is taken to be the wrong one.
+_MOST_MISSING = 256
 # Epochs without a document after which a source of less than MOST_BARREN rows is taken to have none.
 _BARREN_EPOCHS = 10
 
@@ -156,6 +159,10 @@ class DocumentSource:
         self._order = EpochOrder(self._rows.group_rows, window=config.window, seed=seed, shards=shards)
         # Rows since the last that gave a document, by what became of them.
         self._barren: collections.Counter[str] = collections.Counter()
+        # Until an image is found: rows read, and images missing of them.
+        self._is_found, self._looked, self._missing = False, 0, 0
+        # With a share of few rows, chance may have left them all without images.
+        self._whole = count if shards_here == shards else math.inf
         self._lock = threading.Lock()
 
     @property
@@ -205,6 +212,23 @@ class DocumentSource:
             f"last being {pieces[0].name}: {pieces[0].message}; look at its image_root and filters, or take it out"
         )
 
+    def _check_some_are_found(self, values: dict[str, Any], taken: collections.Counter[str]) -> None:
+        """Raises UserError where pages may lack images (document_max_missing_images) and every image is missing."""
+        if self._is_found:
+            return
+        missing = taken[filters.MISSING]
+        with self._lock:
+            self._is_found |= taken.total() > missing or any(image is not None for image in values.get("images") or ())
+            self._looked, self._missing = self._looked + 1, self._missing + missing
+            is_wrong = self._missing >= _MOST_MISSING or (self._missing and self._looked >= self._whole)
+            looked, missing = self._looked, self._missing
+        if is_wrong and not self._is_found:
+            raise UserError(
+                f"source {self._config.name!r}: not one of the {missing} images that its first {looked} documents "
+                f"name is found in image_root = {self._config.image_root!r}; name the folder that holds them, or the "
+                "folder of their index"
+            )
+
     def _make(self, group: int, row: int, seed: tuple[int, ...]) -> tuple[Any, ...]:
         values = _values(self._config, self._rows, group, row)
         if isinstance(values, Rejected):
@@ -220,6 +244,8 @@ class DocumentSource:
             units = max(1, kind.units(values))
         except BadRow as error:
             return (Rejected(f"{self._config.name}/{name}", error.reason, str(error)),)
+
+        self._check_some_are_found(values, taken)
 
         def make(first: int, end: int) -> Any:
             whole = end - first == units

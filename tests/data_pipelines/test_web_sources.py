@@ -1,6 +1,7 @@
 """Web pages and pairs read with filters, missing images and several captions, as training reads them."""
 
 import dataclasses
+import hashlib
 import json
 
 import pyarrow as pa
@@ -72,6 +73,23 @@ def test_a_missing_image_costs_its_page_unless_a_share_may_be_missing(pages):
     assert len(documents["pages.parquet:3"]) == 3
     strict = dataclasses.replace(pages, filters=Filters(document_max_missing_images=0.4))
     assert by_reason(elements(strict, 10)) == {"filter:document_max_missing_images": 5}
+
+
+@pytest.mark.parametrize(("count", "told"), [(10, "the 20 images that its first 10"), (300, "the 256 images that its")])
+def test_a_folder_without_one_of_the_images_stops_the_run(pages, tmp_path, count, told):
+    rows = [{"images": [url(2 * n), None, url(2 * n + 1)], "texts": [None, f"page {n}", None]} for n in range(count)]
+    (tmp_path / "empty").mkdir()
+    wrong = dataclasses.replace(
+        pages,
+        paths=(write(tmp_path / "more.parquet", rows, obelics.SCHEMA),),
+        image_root=str(tmp_path / "empty"),
+        filters=Filters(document_max_missing_images=1.0),
+    )
+    with pytest.raises(UserError, match=rf"{told}.*image_root = '.*empty'; name the folder"):
+        elements(wrong, count)
+    (tmp_path / "empty" / hashlib.sha256(url(0).encode()).hexdigest()).write_bytes(png(30, 40))
+    if count == 10:
+        assert by_reason(elements(wrong, 10)) == {"filter:image_missing": 19}
 
 
 def test_every_filter_counts_what_it_takes_by_its_own_name(pages):
