@@ -15,7 +15,7 @@ from typing import Any
 
 from data_pipelines import filters, folder_lock, manifest
 from data_pipelines.rejection import FILTERED, SMALLEST_SAMPLE
-from data_pipelines.units import ASIDE, Recipe, Report, Unit, finished, shards_of
+from data_pipelines.units import ASIDE, Recipe, Report, Unit, finished, shards_of, stamp_of_images
 from idefics_jax import settings
 from idefics_jax.errors import UserError
 
@@ -32,8 +32,9 @@ class Preparation:
 
     @property
     def units(self) -> list[Unit]:
-        """One for each input."""
-        return [Unit(number, path, self.recipe, self.output) for number, path in enumerate(self.inputs)]
+        """One for each input; the folder of images is looked at, once for all of them."""
+        images = stamp_of_images(self.recipe.image_root)
+        return [Unit(number, path, self.recipe, self.output, images) for number, path in enumerate(self.inputs)]
 
     @contextlib.contextmanager
     def begun(self) -> Iterator[None]:

@@ -65,8 +65,9 @@ def prepare(
         are bad, none is a document, every image is missing, or inputs break off and `keep_cut_short` is not given.
     """
     with preparation.begun():
-        reports = {unit.number: report for unit in preparation.units if (report := finished(unit))}
-        rest = [unit for unit in preparation.units if unit.number not in reports]
+        units = preparation.units
+        reports = {unit.number: report for unit in units if (report := finished(unit))}
+        rest = [unit for unit in units if unit.number not in reports]
         if reports:
             print(f"{len(reports)} of {len(preparation.inputs)} inputs are prepared already", file=sys.stderr)
         progress = Progress({unit.number: stamp_of(unit.input)[0] for unit in rest}, sys.stderr)

@@ -5,8 +5,9 @@ any point leaves nothing that counts. A unit whose report is there, whose input 
 of change that the report names, and whose shards have their sizes, is finished and is not done again. Whether processes
 of this machine or workers of Apache Beam run it, the bytes are the same.
 
-Images that come to an image_root later are thus seen in its index, which is built anew, and directly in its folder; not
-in folders below that. To prepare again with those, delete OUTPUT/units.
+Images that come to an image_root later, or go, are thus seen in its index, which is built anew, and in its folder and
+those below, each of which has a time of change; an image written over under its name is not. To prepare again with
+those, delete OUTPUT/units.
 """
 
 import collections
@@ -57,12 +58,21 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """What is to be done with one input: its place among the inputs from 0, its path, how, and the folder to fill."""
+    """What is to be done with one input.
+
+    Attributes:
+      number: its place among the inputs, from 0.
+      input: its path.
+      recipe: how.
+      output: the folder to fill.
+      images: `stamp_of_images` of the recipe's image_root.
+    """
 
     number: int
     input: str
     recipe: Recipe
     output: Path
+    images: tuple[int, int]
 
     @property
     def report_path(self) -> Path:
@@ -165,13 +175,33 @@ def stamp_of(path: str) -> list[int]:
     return [sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)]
 
 
+def stamp_of_images(root: str | None) -> tuple[int, int]:
+    """Returns what tells whether images have come to an image_root or gone: of its index, [size, time of change in ns].
+
+    Without an index, how many folders it has and the latest of their times of change. Names are listed and no file is
+    looked at: a second for a million of them.
+    """
+    if root is None:
+        return 0, 0
+    head = Path(root, image_index.HEAD)
+    if head.is_file():
+        size, changed = stamp_of(str(head))
+        return size, changed
+    times: dict[str, int] = {}
+    waiting = [root]
+    while waiting:
+        folder = waiting.pop()
+        real = os.path.realpath(folder)
+        if real not in times:  # a link may lead back
+            times[real] = os.stat(folder).st_mtime_ns
+            with os.scandir(folder) as entries:
+                waiting += [entry.path for entry in entries if entry.is_dir()]
+    return len(times), max(times.values())
+
+
 def _stamps_of(unit: Unit) -> dict[str, list[int]]:
     """Returns what tells whether what a unit reads has changed."""
-    stamps, root = {"input": stamp_of(unit.input)}, unit.recipe.image_root
-    if root is not None:
-        head = Path(root, image_index.HEAD)
-        stamps["image_root"] = stamp_of(str(head)) if head.is_file() else [0, os.stat(root).st_mtime_ns]
-    return stamps
+    return {"input": stamp_of(unit.input), "image_root": list(unit.images)}
 
 
 def _records(unit: Unit, report: Report, watch: Callable[[Unit, Report], None]) -> Iterator[bytes]:

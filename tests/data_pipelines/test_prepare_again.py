@@ -48,9 +48,10 @@ def test_what_changed_or_went_is_prepared_again_and_nothing_else(tmp_path):
 
 
 def test_images_that_come_later_are_taken_by_the_same_command(tmp_path):
-    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "below" / "it").mkdir(parents=True)
     (tmp_path / "images" / "a.png").write_bytes(png(28, 28))
-    row = {"images": ["a.png", "b.png", None], "texts": [None, None, "words"]}
+    (tmp_path / "images" / "below" / "back").symlink_to(tmp_path / "images")
+    row = {"images": ["a.png", "b.png", "below/it/c.png", None], "texts": [None, None, None, "words"]}
     inputs = [write(tmp_path / "a.parquet", [row], "obelics")]
     chosen = {"kind": "obelics", "filters": Filters(document_max_missing_images=1.0)}
 
@@ -60,6 +61,8 @@ def test_images_that_come_later_are_taken_by_the_same_command(tmp_path):
     assert images(tmp_path / "images") == 1
     (tmp_path / "images" / "b.png").write_bytes(png(28, 28))
     assert images(tmp_path / "images") == 2
+    (tmp_path / "images" / "below" / "it" / "c.png").write_bytes(png(28, 28))
+    assert images(tmp_path / "images") == 3
     index = tmp_path / "index"
     for names in (["a.png"], ["a.png", "b.png"]):
         path = write_webdataset(tmp_path / f"{len(names)}.tar", [(name, png(28, 28)) for name in names])
