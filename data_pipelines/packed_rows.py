@@ -8,6 +8,7 @@ throughout, as Grain asks: what varies in length is text.
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import grain
@@ -15,7 +16,7 @@ import numpy as np
 
 from data_pipelines.mixture import Mixture
 from data_pipelines.packing import Pool, Sizes, misfit, pack_row
-from data_pipelines.rejection import Ledger, Rejected
+from data_pipelines.rejection import FILTERED, Ledger, Rejected
 from idefics_jax.batch import BatchShape, Encoded
 from idefics_jax.documents import Document, Image, Text
 from idefics_jax.errors import UserError
@@ -24,6 +25,8 @@ from idefics_jax.processor import Processor
 
 # Documents that a thread reads ahead.
 _READ_AHEAD = 4
+# The reason of pieces that waited as the run before ended, while others of their document had been packed.
+LEFT_BEHIND = f"{FILTERED}left_by_the_run_before"
 # About what the Python objects of a small document take.
 OBJECT_BYTES = 2048
 
@@ -118,25 +121,27 @@ class Packing:
 class PackIterDataset(grain.IterDataset):
     """Packs a shard's endless sequence of (index, Candidates and Rejected of its row) into PackedRows."""
 
-    def __init__(self, parent: grain.MapDataset, packing: Packing, mixture: Mixture):
-        """`mixture` says where the row of each index comes from."""
+    def __init__(self, parent: grain.MapDataset, packing: Packing, mixture: Mixture, *, left: Sequence[str]):
+        """`mixture` says where the row of each index comes from; `left` names the pieces that are LEFT_BEHIND."""
         super().__init__(parent)
         self._packing = packing
         self._mixture = mixture
+        self._left = left
 
     def __iter__(self) -> grain.DatasetIterator:
-        return _PackIterator(self._parent, self._packing, self._mixture)
+        return _PackIterator(self._parent, self._packing, self._mixture, self._left)
 
 
 class _PackIterator(grain.DatasetIterator):
-    def __init__(self, documents: grain.MapDataset, packing: Packing, mixture: Mixture):
+    def __init__(self, documents: grain.MapDataset, packing: Packing, mixture: Mixture, left: Sequence[str]):
         threads = packing.num_threads
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=_READ_AHEAD * threads)
         super().__init__(iter(documents.to_iter_dataset(options)))
         self._documents = documents
         self._packing = packing
         self._mixture = mixture
-        self._ledger = Ledger(packing.max_bad_fraction)
+        counted, examples = ({LEFT_BEHIND: len(left)}, {LEFT_BEHIND: left[0]}) if left else ({}, {})
+        self._ledger = Ledger(packing.max_bad_fraction, len(left), counted, examples)
         self._pool = Pool()
         self._begun: set[int] = set()  # rows that were cut, of which one piece is packed and another waits
         self._waiting_bytes = 0
@@ -166,6 +171,7 @@ class _PackIterator(grain.DatasetIterator):
             # For a run that goes on with other settings (position.reached).
             "positions": json.dumps(self._mixture.positions(self._read)),
             "waiting": json.dumps([*self._mixture.set_aside, *map(self._mixture, self._waiting_rows())]),
+            "left": json.dumps([candidate.name for index, _, candidate in self._pool.items if index in self._begun]),
             "read": self._read,
             "rows": self._rows,
             "seen": self._ledger.seen,

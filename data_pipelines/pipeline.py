@@ -175,7 +175,7 @@ def batches(
     cache = Cache(config.cache_mib * 2**20)
     opened = _open(config, processor, cache, shards_here=each)
     about = _about(config, opened, processor)
-    starts = position.reached(config.after, shards, about) if config.after else [position.Reached({}, ())] * each
+    starts = position.reached(config.after, shards, about) if config.after else [position.Reached({}, (), ())] * each
     packed = [
         _packed(config, opened, shard, start=start, threads=-(-config.num_threads // each))
         for shard, start in zip(shards, starts, strict=True)
@@ -266,7 +266,7 @@ def _packed(
         num_threads=threads,
     )
     documents = grain.MapDataset.source(_ShardDocuments(shard, mixture, opened))
-    return PackIterDataset(documents, packing, mixture)
+    return PackIterDataset(documents, packing, mixture, left=start.left)
 
 
 def _about(config: DataConfig, opened: Mapping[str, DocumentSource], processor: Processor) -> dict[str, Any]:

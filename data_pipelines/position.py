@@ -50,16 +50,19 @@ class Reached:
     Attributes:
       positions: how many rows of each source.
       waiting: (source, position) of those rows of which nothing had been packed.
+      left: names of pieces that waited of rows of which others had been packed.
     """
 
     positions: dict[str, int]
     waiting: tuple[tuple[str, int], ...]
+    left: tuple[str, ...]
 
 
 def reached(workdir: str, shards: Sequence[int], about: dict[str, Any]) -> list[Reached]:
     """Returns how far the shards of an ended run had read, for a run that goes on with other settings.
 
-    A row that was cut and of which some pieces had been packed counts as read: the new run may cut it otherwise.
+    A row that was cut and of which some pieces had been packed counts as read: the new run may cut it otherwise. Its
+    other pieces are not trained on, and the new run counts them as packed_rows.LEFT_BEHIND.
 
     Args:
       workdir: the ended run's work directory.
@@ -86,7 +89,12 @@ def reached(workdir: str, shards: Sequence[int], about: dict[str, Any]) -> list[
             )
     packed = [json.loads(_file(folder, shard).read_text())["packed"] for shard in shards]
     return [
-        Reached(json.loads(state["positions"]), tuple(map(tuple, json.loads(state["waiting"])))) for state in packed
+        Reached(
+            json.loads(state["positions"]),
+            tuple(map(tuple, json.loads(state["waiting"]))),
+            tuple(json.loads(state["left"])),
+        )
+        for state in packed
     ]
 
 

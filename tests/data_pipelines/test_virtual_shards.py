@@ -9,6 +9,7 @@ import pytest
 from etils import epath
 
 from data_pipelines import cauldron, pairs, position
+from data_pipelines.packed_rows import LEFT_BEHIND
 from data_pipelines.pipeline import Stage, batches
 from data_pipelines.sources import DocumentSource
 from idefics_jax.errors import UserError
@@ -173,17 +174,25 @@ def test_a_row_of_many_waiting_pieces_is_read_once_when_restored(one_source, pro
     assert len(read) == len({index for index, _ in waiting}) < len(waiting)
 
 
-def test_pieces_of_a_row_that_was_begun_do_not_come_again(one_source, processor, tmp_path):
+def test_pieces_of_a_row_that_was_begun_do_not_come_again_and_are_counted(one_source, processor, tmp_path):
     turns = [{"user": f"what is {i}", "assistant": "five", "source": ""} for i in range(12)]
     rows = [{"images": [{"bytes": png(28, 28), "path": None}], "texts": turns[: 1 + i % 12]} for i in range(40)]
     config = one_source(rows, "cauldron", cauldron.SCHEMA, lookahead=20)
     data = batches(config, processor, process_index=0, process_count=1)
     first = [name for batch in take(data, 3) for name in batch.documents]
+    (shard,) = data.get_state()["shards"].values()
+    begun, left = json.loads(shard["packed"]["begun"]), json.loads(shard["packed"]["left"])
+    assert len(left) == sum(index in begun for index, _ in json.loads(shard["packed"]["pool"])) > 0
     write_position(data, tmp_path / "run")
     later = batches(
         dataclasses.replace(config, after=str(tmp_path / "run")), processor, process_index=0, process_count=1
     )
-    second = [name for batch in take(later, 3) for name in batch.documents]
+    (*_, last) = packed = take(later, 3)
+    assert last.rejected == {LEFT_BEHIND: len(left)}
+    assert last.examples == {LEFT_BEHIND: left[0]}
+    second = [name for batch in packed for name in batch.documents]
+    (after,) = later.get_state()["shards"].values()
+    assert last.seen == len(second) + len(left) + len(json.loads(after["packed"]["pool"]))
     assert any("[" in name for name in first + second)
     assert not set(first) & set(second)
     assert not {name.split("[")[0] for name in first} & {name.split("[")[0] for name in second}
