@@ -2,12 +2,14 @@
 
 What waits to be packed is known by its index in the endless sequence of rows, and by its number among the pieces of
 one that was cut, so the whole position of a shard is a handful of integers: where reading stands, and the pool.
-Restoring reads the pool's documents again and goes on to the bit. A state has the same fields of the same types
-throughout, as Grain asks: what varies in length is text.
+Restoring reads the pool's documents again, each of which has to be what it was, and goes on to the bit. A state has the
+same fields of the same types throughout, as Grain asks: what varies in length is text.
 """
 
 import dataclasses
+import functools
 import json
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +29,8 @@ from idefics_jax.processor import Processor
 _READ_AHEAD = 4
 # The reason of pieces that waited as the run before ended, while others of their document had been packed.
 LEFT_BEHIND = f"{FILTERED}left_by_the_run_before"
+# Bytes in the middle of an image that tell it from others of its size.
+_MARKED_BYTES = 64
 # About what the Python objects of a small document take.
 OBJECT_BYTES = 2048
 
@@ -38,6 +42,15 @@ class Candidate:
     name: str
     encoded: Encoded
     sizes: Sizes
+
+    @functools.cached_property
+    def mark(self) -> int:
+        """A checksum of its ids, and of the sizes and some bytes of its images: whether it is read as it was."""
+        mark = zlib.crc32(self.encoded.tokens)
+        for image in self.encoded.images:
+            middle = len(image.data) // 2
+            mark = zlib.crc32(b"%d:%b" % (len(image.data), image.data[middle : middle + _MARKED_BYTES]), mark)
+        return mark
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +180,7 @@ class _PackIterator(grain.DatasetIterator):
         return {
             "parent": self._parent.get_state(),
             "pool": json.dumps([(index, piece) for index, piece, _ in self._pool.items]),
+            "marks": json.dumps([candidate.mark for *_, candidate in self._pool.items]),
             "begun": json.dumps(sorted(self._begun)),
             # For a run that goes on with other settings (position.reached).
             "positions": json.dumps(self._mixture.positions(self._read)),
@@ -186,7 +200,7 @@ class _PackIterator(grain.DatasetIterator):
         self._read, self._rows = state["read"], state["rows"]
         self._pool, self._waiting_bytes, self._begun = Pool(), 0, set(json.loads(state["begun"]))
         row, pieces = None, ()
-        for index, piece in json.loads(state["pool"]):
+        for (index, piece), mark in zip(json.loads(state["pool"]), json.loads(state["marks"]), strict=True):
             if index != row:  # the pieces of a row wait one after another
                 row, (_, pieces) = index, self._documents[index]
             candidate = dict(enumerate(pieces)).get(piece)
@@ -194,6 +208,11 @@ class _PackIterator(grain.DatasetIterator):
                 bad = [it.message for it in (candidate, *pieces) if isinstance(it, Rejected)]
                 why = bad[0] if bad else "its row is cut otherwise now"
                 raise UserError(f"piece {piece} of {pieces[0].name} could be read when the position was saved: {why}")
+            if candidate.mark != mark:
+                raise UserError(
+                    f"{candidate.name} is not what it was when the position was saved, so its file has been written "
+                    "anew; give the files as they were, or start in another workdir"
+                )
             self._wait(index, piece, candidate)
 
     def _refill(self) -> None:

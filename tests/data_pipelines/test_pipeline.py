@@ -144,6 +144,23 @@ def test_a_position_in_other_data_is_refused(config, processor):
     start(dataclasses.replace(config, num_threads=1, prefetch=1, cache_mib=1), processor).set_state(state)
 
 
+def test_a_file_written_anew_under_an_equal_footer_is_refused_by_a_waiting_document(one_source, processor):
+    """Two captions of one length have changed places: sizes and statistics of the columns are what they were."""
+    rows = [pair(f"{i:03}") for i in range(40)]
+    config = one_source(rows, "pairs", pairs.SCHEMA, lookahead=8)
+    first = start(config, processor)
+    next(first)
+    state = first.get_state()
+    read = [int(name.rpartition(":")[2]) for name in next(first).documents]
+    rows[read[0]], rows[read[-1]] = rows[read[-1]], rows[read[0]]
+    again = start(one_source(rows, "pairs", pairs.SCHEMA, lookahead=8), processor)
+    assert again.get_state()["about"] == state["about"]
+    with pytest.raises(UserError, match=r"mine/rows.parquet:\d+ is not what it was when the position was saved"):
+        again.set_state(state)
+    rows[read[0]], rows[read[-1]] = rows[read[-1]], rows[read[0]]
+    start(one_source(rows, "pairs", pairs.SCHEMA, lookahead=8), processor).set_state(state)
+
+
 def test_stages_follow_one_another(config, processor):
     names = [name for packed in take(start(config, processor), 40) for name in packed.documents]
     sources = [name.split("/")[0] for name in names]
