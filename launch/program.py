@@ -19,6 +19,7 @@ import jax
 
 from idefics_jax.errors import UserError
 from launch import slices
+from launch.chips import CHIPS
 
 # Several processes may compile at once, and none looks for a TPU's metadata server.
 _ENVIRONMENT = {
@@ -63,6 +64,7 @@ def slice_devices(name: str) -> list[Any]:
             topology_name=f"{names['prefix']}:{wanted.topology}",
             chips_per_host_bounds=_HOST_BOUNDS[wanted.chips_per_host],
             num_slices=wanted.count,
+            wrap=tuple(side % CHIPS[wanted.generation].ring == 0 for side in wanted.dimensions),
             **chosen,
         )
     except RuntimeError as error:
