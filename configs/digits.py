@@ -45,7 +45,7 @@ def get_config(adaptation: str = "full") -> ConfigDict:
     config.frozen_dtype = "float32"
     config.remat = "none"
     config.loss_chunk = 64  # of 256 tokens: 2 % slower than all logits at once
-    config.accumulation = 1
+    config.rows_a_device = 64
     config.partition = (
         # pattern, state, factor of the learning rate, weight decay
         ("text_model/lm_head/kernel", "trainable", 1.0, 0.0),

@@ -7,11 +7,11 @@
 The step is the one that training runs, with its mesh, shardings and donation, compiled by the slice's own compiler
 (libtpu, requirements-test.txt). Step seconds are the cycles it expects, the time of our kernels reckoned from the
 blocks they compute (kernels.py), and that of collectives which nothing hides. MFU counts what the algorithm needs for
-real tokens and patches (flops.py), HFU what the program does. `--trained_in_full` compiles
-the same step with every parameter trained, as published figures are. `--fits_only` stops at memory and collectives:
-most of the compiler's time goes into code that nothing here runs. `--search` tries the remat policies, cheapest first,
-with ever more rows a device. No weight or data is read: documents have the sizes of launch/stage_mixes.py, or with
-`--full_rows` fill their rows.
+real tokens and patches (flops.py), HFU what the program does. `--trained_in_full` compiles the same step with every
+parameter trained, as published figures are. `--fits_only` stops at memory and collectives: most of the compiler's time
+goes into code that nothing here runs. `--search` so tries the remat policies, cheapest first, with ever more rows a
+device at once. No weight or data is read: documents have the sizes of launch/stage_mixes.py, or with `--full_rows`
+fill their rows.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from idefics_jax.errors import UserError
 from idefics_jax.stack import REMAT_POLICIES
 from idefics_jax.training.config import TrainConfig
 from idefics_jax.training.plan import Plan, plan
-from idefics_jax.training.run import make_step
+from idefics_jax.training.run import device_rows, make_step
 from launch import estimate, kernels, program, slices
 from launch.chips import CHIPS
 from launch.estimate import Estimate, gib
@@ -83,7 +83,7 @@ def compile_step(config: TrainConfig, slice_name: str, *, dump_to: str | None) -
     rows = sharding.batch_sharding(mesh)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch_spec(config.data.shape))
     with sharding.use_mesh(mesh, rules):
-        step = make_step(config, planned.sizes, planned.optimizer)
+        step = make_step(config, planned.sizes, planned.optimizer, mesh)
         places = jax.tree.map(lambda x: x.sharding, state)
         options = program.OPTIONS | ({"xla_dump_to": dump_to, "xla_dump_hlo_as_text": True} if dump_to else {})
         traced = jax.jit(step, donate_argnums=0, out_shardings=(places, None)).trace(state, frozen, batch)
@@ -133,6 +133,11 @@ def report(compiled: Compiled, config: TrainConfig, rows: Rows, where: slices.Sl
             ["collectives beside computation (not added)", estimate.hidden_seconds(cost, where)],
         ],
     )
+    print("\nthe compiler's cycles by part of the model, seconds")
+    print_table(
+        ["part", "pass", "products", "all else"],
+        [[*key, *(own / chip.clock for own in cycles)] for key, cycles in estimate.by_part(cost.operations).items()],
+    )
     print("\ncollectives a step, on each device")
     print_collectives(cost.collectives)
     print(
@@ -155,17 +160,19 @@ def report(compiled: Compiled, config: TrainConfig, rows: Rows, where: slices.Sl
     }
 
 
-def fits(arguments: list[str]) -> dict[str, float]:
-    """Compiles in a process of its own until memory and collectives are known, prints and returns them.
+def memory(arguments: list[str]) -> tuple[int, tuple[Collective, ...]]:
+    """Compiles in a process of its own until memory and collectives are known; returns peak bytes a device and those.
 
     Args:
       arguments: of this command.
 
     Raises:
+      DoesNotFit: it takes more memory than a chip has.
       UserError: what the other process says, if it ends before.
     """
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "launch.aot", *arguments, "--nofits_only", f"--dump_to={folder}"]
+        own = ["--nofits_only", "--nosearch", f"--dump_to={folder}"]
+        command = [sys.executable, "-m", "launch.aot", *arguments, *own]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             try:
                 while (found := program.dumped(Path(folder), "jit_step")) is None and process.poll() is None:
@@ -173,15 +180,28 @@ def fits(arguments: list[str]) -> dict[str, float]:
             finally:
                 process.kill()
             said, wrong = process.communicate()
+    if found is None and "it does not fit" in said:
+        raise DoesNotFit(said.partition("it does not fit: ")[2])
     if found is None:
-        if "it does not fit" not in said:
-            raise UserError(f"the compiler ended without a word of memory: {wrong.strip().splitlines()[-1:] or said}")
-        error = DoesNotFit(said.partition("it does not fit: ")[2])
-        print(error)
-        return {"fits": False} | ({"peak_gib": gib(error.bytes_wanted)} if error.bytes_wanted else {})
-    print(f"fits: {gib(found[0]):.2f} GiB a device\n")
-    print_collectives(found[1])
-    return {"fits": True, "peak_gib": gib(found[0])}
+        raise UserError(f"the compiler ended without a word of memory: {wrong.strip().splitlines()[-1:] or said}")
+    return found
+
+
+def fits(arguments: list[str]) -> dict[str, float]:
+    """Prints memory and collectives, see `memory`, and returns the numbers."""
+    try:
+        peak, collectives = memory(arguments)
+    except DoesNotFit as error:
+        return unfit(error)
+    print(f"fits: {gib(peak):.2f} GiB a device\n")
+    print_collectives(collectives)
+    return {"fits": True, "peak_gib": gib(peak)}
+
+
+def unfit(error: DoesNotFit) -> dict[str, float]:
+    """Prints that a step does not fit, and returns the numbers."""
+    print(error)
+    return {"fits": False} | ({"peak_gib": gib(error.bytes_wanted)} if error.bytes_wanted else {})
 
 
 def print_collectives(collectives: tuple[Collective, ...]) -> None:
@@ -213,32 +233,42 @@ def check(values: Any, slice_name: str, *, rows: Rows | None, dump_to: str | Non
     try:
         return report(compile_step(config, slice_name, dump_to=dump_to), config, rows, where)
     except DoesNotFit as error:
-        print(error)
-        return {"fits": False} | ({"peak_gib": gib(error.bytes_wanted)} if error.bytes_wanted else {})
+        return unfit(error)
 
 
-def search(values: Any, slice_name: str, *, rows: Rows | None) -> dict[str, float]:
+def search(values: Any, slice_name: str, arguments: list[str]) -> dict[str, float]:
     """Finds for each remat policy, the one that recomputes least first, the most rows a device that fit at once.
 
-    Rows are doubled until a step does not fit, without accumulation; each try is a compilation. Prints and returns what
-    was found.
+    Rows are doubled until a step does not fit or a device takes its whole share of the batch. Prints and returns what
+    was found; `arguments` are those of this command.
     """
-    where = slices.find(slice_name)
-    rows = packed_rows(values) if rows is None else rows
-    ways = sharding.make_mesh(values.mesh.to_dict(), program.slice_devices(slice_name)).size
-    ways //= values.mesh.get("tensor", 1)
+    config = TrainConfig.from_config_dict(values.to_dict())
+    mesh = sharding.make_mesh(config.mesh, program.slice_devices(slice_name))
+    share = device_rows(mesh, config.data.shape.rows)
     found = {}
     for policy in REMAT_POLICIES:
-        largest = doubled(lambda count, policy=policy: _try(values, slice_name, policy, count * ways, rows, where))
-        found |= {policy: (largest[0], *largest[1])} if largest else {}
+        largest = doubled(lambda rows, policy=policy: _peak(arguments, policy, rows) if rows <= share else None)
+        found |= {policy: largest} if largest else {}
+    print()
     print_table(
-        ["remat", "rows a device", "peak GiB", "step s", "MFU", "rows a second and chip"],
+        ["remat", "rows a device", "peak GiB", "overrides"],
         [
-            [policy, count, peak, it.seconds, it.mfu, count * ways / it.seconds / it.chips]
-            for policy, (count, it, peak) in found.items()
+            [policy, rows, gib(peak), f"--config.remat={policy} --config.rows_a_device={rows}"]
+            for policy, (rows, peak) in found.items()
         ],
     )
-    return {f"rows_a_device_{policy}": count for policy, (count, _, _) in found.items()}
+    return {f"rows_a_device_{policy}": rows for policy, (rows, _) in found.items()}
+
+
+def _peak(arguments: list[str], policy: str, rows: int) -> int | None:
+    """Returns the peak bytes of a step with other settings, or None where it does not fit; says which."""
+    try:
+        peak, _ = memory([*arguments, f"--config.remat={policy}", f"--config.rows_a_device={rows}"])
+    except DoesNotFit as error:
+        print(f"remat {policy!r}, {rows} rows a device: {error}", flush=True)
+        return None
+    print(f"remat {policy!r}, {rows} rows a device: {gib(peak):.2f} GiB", flush=True)
+    return peak
 
 
 def doubled(tried: Callable[[int], Any]) -> tuple[int, Any] | None:
@@ -247,24 +277,6 @@ def doubled(tried: Callable[[int], Any]) -> tuple[int, Any] | None:
     while (result := tried(count)) is not None:
         count, found = 2 * count, (count, result)
     return found
-
-
-def _try(
-    values: Any, slice_name: str, policy: str, count: int, rows: Rows, where: slices.Slice
-) -> tuple[Estimate, float] | None:
-    """Returns the estimate and the peak GiB of a step of so many rows, or None where it does not fit."""
-    tried = values.copy_and_resolve_references()
-    with tried.unlocked():
-        tried.remat, tried.accumulation = policy, 1
-        tried.data.shape.rows = tried.data.virtual_shards = count
-    config = TrainConfig.from_config_dict(tried.to_dict())
-    try:
-        compiled = compile_step(config, slice_name, dump_to=None)
-    except DoesNotFit as error:
-        print(f"remat {policy!r}, {count} rows: {error}", flush=True)
-        return None
-    print(f"remat {policy!r}, {count} rows: {gib(compiled.cost.peak_bytes):.2f} GiB", flush=True)
-    return estimated(compiled, config, rows, where), gib(compiled.cost.peak_bytes)
 
 
 def main() -> None:
@@ -277,7 +289,7 @@ def main() -> None:
     if _FITS_ONLY.value:
         numbers = fits(sys.argv[1:])
     elif _SEARCH.value:
-        numbers = search(values, SLICE.value, rows=rows)
+        numbers = search(values, SLICE.value, sys.argv[1:])
     else:
         numbers = check(values, SLICE.value, rows=rows, dump_to=_DUMP_TO.value)
     write_json(numbers)

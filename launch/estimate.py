@@ -1,10 +1,21 @@
 """From a compiled step to seconds and utilisation: what is estimated, and from what."""
 
 import dataclasses
+from collections.abc import Iterable
 
 from launch.chips import CHIPS
-from launch.program import Collective, Cost
+from launch.program import Collective, Cost, Operation
 from launch.slices import Slice
+
+# What stands in an operation's name, and what it belongs to: the first that is found.
+PARTS = {
+    "vision_model/": "vision encoder",
+    "modality_projection": "modality projection",
+    "perceiver_resampler": "resampler",
+    "logits": "head",
+    "text_model/": "decoder",
+}
+REST = "loss, optimizer and the rest"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +52,21 @@ class Estimate:
     def hfu(self) -> float:
         """Share of the chips' peak that is in use."""
         return self.done / (self.seconds * self.chips * self.peak)
+
+
+def by_part(operations: Iterable[Operation]) -> dict[tuple[str, str], tuple[int, int]]:
+    """Sums cycles of products and of all else by part of the model and pass over it.
+
+    Returns:
+      {(part, "forward", "recomputed" or "backward"): (cycles of products, cycles of all else)}, the most first.
+    """
+    found: dict[tuple[str, str], list[int]] = {}
+    for one in operations:
+        part = next((part for word, part in PARTS.items() if word in one.name), REST)
+        recomputed, backward = "rematted_computation" in one.name, "transpose(" in one.name
+        way = "recomputed" if recomputed else "backward" if backward else "forward"
+        found.setdefault((part, way), [0, 0])[0 if one.product else 1] += one.cycles
+    return {key: tuple(cycles) for key, cycles in sorted(found.items(), key=lambda item: -sum(item[1]))}
 
 
 def exposed_seconds(cost: Cost, where: Slice) -> float:

@@ -43,6 +43,12 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}
 
 
+def wraps(one: slices.Slice) -> tuple[bool, bool, bool]:
+    """Returns along which axes of a slice the last chip is linked to the first; the compiler asks for three."""
+    linked = [side % CHIPS[one.generation].ring == 0 for side in one.dimensions]
+    return tuple(linked + [False] * (3 - len(linked)))
+
+
 def slice_devices(name: str) -> list[Any]:
     """Returns the devices of a slice, to build a mesh of (sharding.make_mesh); they compile, they do not run.
 
@@ -64,7 +70,7 @@ def slice_devices(name: str) -> list[Any]:
             topology_name=f"{names['prefix']}:{wanted.topology}",
             chips_per_host_bounds=_HOST_BOUNDS[wanted.chips_per_host],
             num_slices=wanted.count,
-            wrap=tuple(side % CHIPS[wanted.generation].ring == 0 for side in wanted.dimensions),
+            wrap=wraps(wanted),
             **chosen,
         )
     except RuntimeError as error:
@@ -122,22 +128,42 @@ class Kernel:
 
 
 @dataclasses.dataclass(frozen=True)
+class Operation:
+    """Operations of one name in a program.
+
+    Attributes:
+      name: where they come from, as JAX writes it: jit(step)/jvp(Idefics2)/text_model/.../dot_general.
+      product: whether they are products of matrices, with what is fused to them.
+      cycles: estimated of all of them, loops multiplied out.
+    """
+
+    name: str
+    product: bool
+    cycles: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Cost:
     """What a compiled program takes on each device.
 
     Attributes:
-      cycles: estimated, loops multiplied out.
+      operations: with the cycles that the compiler expects of them.
       argument_bytes: of its arguments, as they lie in memory.
       peak_bytes: the most memory in use, arguments included.
       collectives: what passes between devices.
       kernels: calls of our own kernels.
     """
 
-    cycles: int
+    operations: tuple[Operation, ...]
     argument_bytes: int
     peak_bytes: int
     collectives: tuple[Collective, ...]
     kernels: tuple[Kernel, ...]
+
+    @property
+    def cycles(self) -> int:
+        """Estimated for the whole, our kernels and collectives left out."""
+        return sum(one.cycles for one in self.operations)
 
 
 def cost(fn: Callable, *arguments: Any, donate: tuple[int, ...] = (), out_shardings: Any = None) -> Cost:
@@ -168,7 +194,7 @@ def compiled_cost(lowered: jax.stages.Lowered, options: dict[str, str]) -> Cost:
     memory, text = compiled.memory_analysis(), compiled.as_text()
     read = Text(text)
     return Cost(
-        cycles=read.cycles(),
+        operations=read.operations(),
         argument_bytes=memory.argument_size_in_bytes,
         peak_bytes=memory.peak_memory_in_bytes,
         collectives=read.collectives(),
@@ -201,15 +227,17 @@ class Text:
         self._lines, self._entry = _computations(program)
         self._runs = self._count_runs()
 
-    def cycles(self) -> int:
-        """Sums the cycles that the compiler expects; a fusion's stand where it is called, not in what it fuses."""
-        return sum(
-            runs * int(found)
-            for name, runs in self._runs.items()
-            if name not in self._fused
-            for line in self._lines[name]
-            for found in re.findall(r'"estimated_cycles":"(\d+)"', line)
-        )
+    def operations(self) -> tuple[Operation, ...]:
+        """Returns what the compiler expects cycles of; a fusion's stand where it is called, not in what it fuses."""
+        found: collections.Counter = collections.Counter()
+        for name, runs in self._runs.items():
+            for line in self._lines[name] if name not in self._fused else ():
+                if cycles := re.search(r'"estimated_cycles":"(\d+)"', line):
+                    told = re.search(r'op_name="([^"]*)"', line)
+                    # The compiler chooses an algorithm for products alone.
+                    product = '"convolution_algorithm_config"' in line
+                    found[(told[1] if told else "", product)] += runs * int(cycles[1])
+        return tuple(Operation(*key, cycles) for key, cycles in found.items())
 
     def collectives(self) -> tuple[Collective, ...]:
         """Returns what passes between devices, equal ones together, the most bytes first."""

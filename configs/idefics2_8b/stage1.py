@@ -58,7 +58,7 @@ def get_config() -> ConfigDict:
     config.frozen_dtype = "float32"
     config.remat = "full"  # code: gradient checkpointing
     config.loss_chunk = 512  # ours
-    config.accumulation = 2  # ours: 512 rows at a time; the batch is `data.shape.rows`
+    config.rows_a_device = 1  # ours: what every slice has room for; the batch is `data.shape.rows`
     config.partition = partition()
     config.quantize = ()
     config.lora = lora(dora=False)

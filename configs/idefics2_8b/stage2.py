@@ -25,7 +25,6 @@ def get_config() -> ConfigDict:
     config.resize_positions = True  # paper: interpolated; code: bicubic, from 27 x 27, at the start of this stage
     config.grow_vocabulary = "none"
     config.init_std = ()
-    config.accumulation = 4  # paper: the same batch in smaller parts
     config.optimizer.warmup_steps = 200  # ours: the moments start anew
     # Random up-scaling (paper); chance and largest factor as the operation's defaults in the code.
     augmentation = {"upscale": 0.7, "upscale_to": 3.0}

@@ -59,7 +59,8 @@ class TrainConfig:
       frozen_dtype: of frozen parameters.
       remat: what the backward pass keeps, a name in stack.REMAT_POLICIES.
       loss_chunk: positions whose logits exist at once.
-      accumulation: micro-batches a step.
+      rows_a_device: the most rows that a device takes at once; what its share of a batch has more follows, and the
+        gradients are summed. So one config suits slices of any size.
       partition: what trains and how: rows (pattern, "frozen") or (pattern, "trainable", factor of the learning rate,
         weight decay); a pattern matches whole paths of parameters and adapters, the first match wins.
       quantize: patterns of the module paths whose frozen kernels are held as int8.
@@ -91,7 +92,7 @@ class TrainConfig:
     frozen_dtype: str
     remat: str
     loss_chunk: int
-    accumulation: int
+    rows_a_device: int
     partition: tuple[Rule, ...]
     quantize: tuple[str, ...]
     lora: Mapping[str, LoraTarget]
@@ -108,7 +109,7 @@ class TrainConfig:
     keep_checkpoints: int
 
     def __post_init__(self):
-        for name in ("steps", "loss_chunk", "accumulation", "log_every", "checkpoint_every", "keep_checkpoints"):
+        for name in ("steps", "loss_chunk", "rows_a_device", "log_every", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name, allowed in (
@@ -126,10 +127,6 @@ class TrainConfig:
             raise UserError(
                 f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) is more than steps ({self.steps}); "
                 "lower the one or raise the other"
-            )
-        if self.data.shape.rows % self.accumulation:
-            raise UserError(
-                f"data.shape.rows ({self.data.shape.rows}) must be a multiple of accumulation ({self.accumulation})"
             )
         if not self.model and not self.init_from:
             raise UserError("give model (the sizes of the model), init_from (a folder of weights), or both")

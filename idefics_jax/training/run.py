@@ -91,10 +91,8 @@ def row_share(mesh: Mesh, rows: int) -> RowShare:
     Raises:
       UserError: the rows cannot be spread evenly, or two processes would share some of their rows and not others.
     """
+    device_rows(mesh, rows)
     spread = sharding.batch_sharding(mesh)
-    ways = math.prod(mesh.shape[axis] for axis in spread.spec[0])
-    if rows % ways:
-        raise UserError(f"data.shape.rows is {rows}; the mesh spreads them over {ways} devices, so give a multiple")
     starts: dict[int, set[int]] = {}
     for device, (part,) in spread.devices_indices_map((rows,)).items():
         starts.setdefault(device.process_index, set()).add(part.start or 0)
@@ -109,18 +107,41 @@ def row_share(mesh: Mesh, rows: int) -> RowShare:
     return RowShare(parts.index(here), len(parts), leads=jax.process_index() == min(alike))
 
 
+def device_rows(mesh: Mesh, rows: int) -> int:
+    """Returns how many of a batch's rows each device of a mesh has.
+
+    Raises:
+      UserError: the rows cannot be spread evenly.
+    """
+    ways = math.prod(mesh.shape[axis] for axis in sharding.batch_sharding(mesh).spec[0])
+    if rows % ways:
+        raise UserError(f"data.shape.rows is {rows}; the mesh spreads them over {ways} devices, so give a multiple")
+    return rows // ways
+
+
+def micro_batches(rows: int, most: int) -> int:
+    """Returns the fewest equal parts of a device's rows that have at most `most`."""
+    return next(count for count in range(1, rows + 1) if rows % count == 0 and rows // count <= most)
+
+
 def make_model(config: TrainConfig, sizes: Idefics2Config) -> Idefics2:
     """Returns the module that a run trains."""
     return Idefics2(sizes, dtype=jnp.dtype(config.dtype), remat=config.remat, neftune_alpha=config.neftune_alpha)
 
 
-def make_step(config: TrainConfig, sizes: Idefics2Config, optimizer: optax.GradientTransformation) -> Callable:
-    """Returns the step of a run, as `make_train_step` does."""
+def make_step(
+    config: TrainConfig, sizes: Idefics2Config, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> Callable:
+    """Returns the step of a run on a mesh, as `make_train_step` does.
+
+    Raises:
+      UserError: the rows of a batch cannot be spread evenly over the mesh.
+    """
     return make_train_step(
         make_model(config, sizes),
         optimizer,
         tuple(config.lora.values()),
-        accumulation=config.accumulation,
+        accumulation=micro_batches(device_rows(mesh, config.data.shape.rows), config.rows_a_device),
         chunk=config.loss_chunk,
         seed=config.seed,
         max_skipped=config.max_skipped_steps,
@@ -159,7 +180,7 @@ def assemble(config: TrainConfig, mesh: Mesh) -> tuple[Run, dict[str, Any], dict
     trainable_axes = {"params": subtree(axes, base), "adapters": names}
     state_places = sharding.tree_shardings(mesh, state_axes(state_shapes, trainable_axes), rules)
     frozen_places = sharding.tree_shardings(mesh, quantize.axes(axes, frozen), rules)
-    step = make_step(config, sizes, optimizer)
+    step = make_step(config, sizes, optimizer, mesh)
     leaves = ((base, trainable_axes["params"]), (frozen, quantize.axes(axes, frozen)), (adapters, names))
     flat_shapes, flat_axes = (
         {path: leaf for pair in leaves for path, leaf in paths.flatten(pair[i]).items()} for i in range(2)

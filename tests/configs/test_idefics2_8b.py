@@ -97,7 +97,6 @@ def sources(config):
 def test_a_recipe_builds_at_full_size(name):
     config = built(name)
     assert config.steps > config.optimizer.warmup_steps
-    assert config.data.shape.rows % config.accumulation == 0
     assert config.data.shape.patches >= config.image_rules["positions_per_side"] ** 2, "a largest image finds a row"
 
 
@@ -142,7 +141,7 @@ def test_the_step_of_the_whole_model_fits_its_batch(name):
     """Traced, not compiled: 2,048 rows, eight billion parameters, no array."""
     config = built(name)
     laid_out = plan(config)
-    step = make_step(config, laid_out.sizes, laid_out.optimizer)
+    step = make_step(config, laid_out.sizes, laid_out.optimizer, sharding.make_mesh({}, jax.devices()[:1]))
     state, metrics = jax.eval_shape(step, laid_out.state, laid_out.frozen, batch_spec(config.data.shape))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(
         lambda x: (x.shape, x.dtype), laid_out.state

@@ -11,12 +11,11 @@ NUMBERS = ("fits", "peak_gib", "estimated_mfu", "estimated_step_seconds")
 
 def recipe(devices: int):
     config = tiny_recipes.shrink(stage1.get_config(), "nowhere")
-    config.accumulation = 1
     config.data.shape.update({"rows": devices, "vision_rows": 1, "images": 2})
     config.data.virtual_shards = 1
     config.mesh = {"fsdp": devices}
     # As few operations as a step can have: each takes the compiler as long as a large one.
-    config.lora, config.new_rows, config.accumulation = {}, 0, 1
+    config.lora, config.new_rows = {}, 0
     config.partition = (("text_model/lm_head/.*", "trainable", 1.0, 0.0), (".*", "frozen"))
     return config.lock()
 

@@ -25,7 +25,7 @@ def shrink(config: ConfigDict, folder: str) -> ConfigDict:
             if "image_min_side" in source.get("filters", {}):
                 source.filters.image_min_side = 14  # the embedded images are small
     config.steps, config.optimizer.warmup_steps, config.log_every = STEPS, 1, 1
-    config.data.shape.update({"rows": config.accumulation, "tokens": 256, "patches": side**2 * 4, "vision_rows": 2})
+    config.data.shape.update({"rows": 2, "tokens": 256, "patches": side**2 * 4, "vision_rows": 2})
     config.mesh.fsdp = 1
     config.data.document_tokens = 256
     config.data.virtual_shards, config.data.lookahead, config.data.num_threads = 2, 16, 0

@@ -41,7 +41,7 @@ def values(small_values, start):
         "log_every": 1,
         "checkpoint_every": 2,
         "keep_checkpoints": 10,
-        "accumulation": 2,
+        "rows_a_device": 2,
         "neftune_alpha": 5.0,
         "new_rows": NEW_ROWS,
         "quantize": ("text_model/layers/mlp/.*",),

@@ -21,6 +21,7 @@ from idefics_jax.errors import UserError
 from idefics_jax.param_transforms import paths
 from idefics_jax.training.config import TrainConfig
 from idefics_jax.training.loop import RUN_FILE, check_same_run, record_run, train
+from idefics_jax.training.run import micro_batches
 from tests.idefics_jax.training.small_run import config_file
 
 LEARNT = ("train/loss", "train/accuracy", "train/grad_norm", "train/token_fill", "train/patch_fill")
@@ -154,7 +155,7 @@ def test_another_config_in_the_same_folder_is_refused_with_the_keys(tmp_path):
         ({"init_from": "x", "init_std": ()}, "x is not a folder"),
         ({"init_from": "x"}, "init_std is of random weights"),
         ({"model": {}}, "give model .* init_from .* or both"),
-        ({"accumulation": 3}, r"data.shape.rows \(4\) must be a multiple of accumulation \(3\)"),
+        ({"rows_a_device": 0}, "rows_a_device is 0; it must be at least 1"),
         ({"partition": (("nothing", "frozen"), (".*", "trainable", 1.0, 0.0))}, "'nothing' matches no parameter"),
         ({"partition": ((".*", "frozen"),)}, "nothing would train"),
         ({"processor": "/nowhere"}, "/nowhere"),
@@ -233,3 +234,8 @@ def test_a_run_that_goes_on_in_the_data_of_another_is_resumed_without_it(values,
     for gone in ("first", "second/checkpoints/4", "second/model"):
         shutil.rmtree(tmp_path / gone)
     assert run(short, tmp_path / "second")[0] == whole[0]
+
+
+@pytest.mark.parametrize(("rows", "most", "parts"), [(16, 1, 16), (16, 4, 4), (16, 64, 1), (12, 5, 3), (7, 2, 7)])
+def test_a_device_takes_its_rows_in_the_fewest_equal_parts_that_are_small_enough(rows, most, parts):
+    assert micro_batches(rows, most) == parts
