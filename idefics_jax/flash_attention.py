@@ -340,7 +340,9 @@ def _backward(interpret, query, key, value, gradient, logsum, weighted, tables, 
         ),
         out_shape=[jax.ShapeDtypeStruct(query.shape, query.dtype), part, part],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=min(_vmem(), step * row_bytes + 2**23)
+            dimension_semantics=("parallel", "arbitrary"),
+            # Blocks of queries, scores, and for each head of keys its blocks, their buffers and their sums.
+            vmem_limit_bytes=min(_vmem(), step * row_bytes + 2**23 + kv_step * 2**20),
         ),
         interpret=interpret,
         name="flash_attention_backward",

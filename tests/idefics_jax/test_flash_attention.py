@@ -180,3 +180,19 @@ def test_the_forward_kernel_runs_once_where_a_policy_keeps_its_result():
             return gradient.lower(x, segments).compile().as_text().count('custom_call_target="tpu_custom_call"')
 
     assert (kernels("full"), kernels("linear"), kernels("attention")) == (3, 2, 2)
+
+
+@pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
+@pytest.mark.parametrize("kv_heads", [8, 32])
+def test_a_7b_decoders_gradient_has_room_in_vector_memory_with_and_without_shared_keys(kv_heads):
+    mesh = sharding.make_mesh({}, program.slice_devices("v5e-8")[:1])
+    whole = NamedSharding(mesh, PartitionSpec())
+    query, key = (jax.ShapeDtypeStruct((1, 4096, n, 128), jnp.bfloat16, sharding=whole) for n in (32, kv_heads))
+    segments = jax.ShapeDtypeStruct((1, 4096), jnp.int32, sharding=whole)
+
+    def loss(query, key, value, segments):
+        return jnp.sum(attend(query, key, value, Visibility(segments, segments)).astype(jnp.float32))
+
+    with sharding.use_mesh(mesh, sharding.RULES["data"]):
+        cost = program.cost(jax.grad(loss, argnums=(0, 1, 2)), query, key, key, segments)
+    assert {one.name for one in cost.kernels} == {"flash_attention_forward", "flash_attention_backward"}
