@@ -14,7 +14,6 @@ device at once. No weight or data is read: documents have the sizes of launch/st
 fill their rows.
 """
 
-import dataclasses
 import subprocess
 import sys
 import tempfile
@@ -27,20 +26,19 @@ import jax
 from absl import flags
 
 from idefics_jax import commands, sharding
-from idefics_jax.batch import BatchShape, batch_spec
+from idefics_jax.batch import BatchShape
 from idefics_jax.errors import UserError
 from idefics_jax.stack import REMAT_POLICIES
 from idefics_jax.training.config import TrainConfig
-from idefics_jax.training.plan import Plan, plan
-from idefics_jax.training.run import device_rows, make_step
-from launch import estimate, kernels, program, slices
+from idefics_jax.training.run import device_rows
+from launch import calibration, estimate, kernels, program, slices
 from launch.chips import CHIPS
-from launch.estimate import Estimate, gib
+from launch.compiled_step import Compiled, compile_step, estimated
+from launch.estimate import gib
 from launch.flops import Trained, step_flops
-from launch.program import Collective, Cost, DoesNotFit
+from launch.program import Collective, DoesNotFit
 from launch.report import print_table, write_json
 from launch.slice_flag import SLICE
-from launch.traced import traced_flops
 from launch.workload import Rows, full_rows, packed_rows
 
 _CONFIG = commands.define_config(None, "what to train, configs/NAME.py[:argument]")
@@ -53,58 +51,6 @@ _FULL_ROWS = flags.DEFINE_boolean("full_rows", False, "take rows as full of one 
 LISTED = 8  # collectives printed one by one
 # What the recipes' partition becomes where everything trains.
 IN_FULL = {"partition": ((".*", "trainable", 1.0, 0.1),), "lora": {}, "new_rows": 0, "quantize": ()}
-
-
-@dataclasses.dataclass(frozen=True)
-class Compiled:
-    """A recipe's step on a slice.
-
-    Attributes:
-      plan: what trains, in shapes.
-      cost: of the compiled program on each device.
-      traced: operations of its products over all devices, our kernels' left out.
-    """
-
-    plan: Plan
-    cost: Cost
-    traced: float
-
-
-def compile_step(config: TrainConfig, slice_name: str, *, dump_to: str | None) -> Compiled:
-    """Compiles the training step of a recipe; `dump_to` is a folder that the compiler writes its program to.
-
-    Raises:
-      DoesNotFit: it takes more memory than a chip has.
-      UserError: the recipe cannot be used, or the slice is unknown.
-    """
-    mesh, rules = sharding.make_mesh(config.mesh, program.slice_devices(slice_name)), sharding.RULES[config.sharding]
-    planned = plan(config)
-    state, frozen = planned.placed(mesh, rules)
-    rows = sharding.batch_sharding(mesh)
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch_spec(config.data.shape))
-    with sharding.use_mesh(mesh, rules):
-        step = make_step(config, planned.sizes, planned.optimizer, mesh)
-        places = jax.tree.map(lambda x: x.sharding, state)
-        options = program.OPTIONS | ({"xla_dump_to": dump_to, "xla_dump_hlo_as_text": True} if dump_to else {})
-        traced = jax.jit(step, donate_argnums=0, out_shardings=(places, None)).trace(state, frozen, batch)
-        return Compiled(planned, program.compiled_cost(traced.lower(), options), traced_flops(traced.jaxpr))
-
-
-def estimated(compiled: Compiled, config: TrainConfig, rows: Rows, where: slices.Slice) -> Estimate:
-    """Returns what a step takes and how much of it is of use."""
-    chip, sizes, cost = CHIPS[where.generation], compiled.plan.sizes, compiled.cost
-    blocks = kernels.Blocks.of(rows, sizes) if cost.kernels else kernels.Blocks({})
-    work = rows.work(config.data.shape.rows, sizes.text_config.sliding_window)
-    chips = where.chips * where.count
-    return Estimate(
-        compute=cost.cycles / chip.clock,
-        kernels=sum(kernels.cycles(cost.kernels, blocks, sizes, where.generation).values()) / chip.clock,
-        collectives=estimate.exposed_seconds(cost, where),
-        needed=sum(step_flops(sizes, work, Trained.of(compiled.plan.state["trainable"])).values()),
-        done=compiled.traced + chips * kernels.flops(cost.kernels, blocks, sizes),
-        chips=chips,
-        peak=chip.peak,
-    )
 
 
 def report(compiled: Compiled, config: TrainConfig, rows: Rows, where: slices.Slice) -> dict[str, float]:
@@ -144,6 +90,10 @@ def report(compiled: Compiled, config: TrainConfig, rows: Rows, where: slices.Sl
         f"\nestimated: {found.seconds:.3f} s a step, MFU {found.mfu:.3f}, HFU {found.hfu:.3f}, "
         f"{work.tokens / found.seconds / found.chips:,.0f} tokens a second and chip"
     )
+    timed = calibration.PUBLISHED[where.generation]
+    print(
+        f"the same reckoning of a published step ({timed.source}) is {timed.error:+.1%} off the {timed.seconds} s timed"
+    )
     return {
         "fits": True,
         "peak_gib": gib(cost.peak_bytes),
@@ -157,6 +107,7 @@ def report(compiled: Compiled, config: TrainConfig, rows: Rows, where: slices.Sl
         "done_tflop": found.done / 1e12,
         "token_fill": fill[0],
         "patch_fill": fill[1],
+        "calibration_error": timed.error,
     }
 
 

@@ -40,7 +40,7 @@ def test_a_search_doubles_until_it_does_not_fit(room, largest):
 
 def test_a_step_that_does_not_fit_is_told_with_what_it_wants(capsys):
     config = recipe(8)
-    config.data.shape.rows = 8 * 2**16
+    config.data.shape.rows, config.rows_a_device = 8 * 2**16, 2**16
     found = aot.check(config, "v5e-8", rows=aot.full_rows(aot.BatchShape(**config.data.shape)), dump_to=None)
     assert not found["fits"]
     assert found["peak_gib"] > 15.75
