@@ -28,8 +28,8 @@ from idefics_jax.visibility import Visibility
 BLOCK = 256
 # Heads that a step of the grid computes, where memory allows: their chains of instructions overlap.
 HEADS = 8
-# What is saved of the forward pass carries this name (stack.REMAT_POLICIES).
-SAVED = "attention"
+# What is saved of the forward pass carries this name, and what goes in that one (stack.REMAT_POLICIES).
+SAVED, OPERANDS = "attention", "attention_operands"
 # Block pairs that a call may list: the list lies in the scalar memory, of 1 MiB, as one int32 each.
 MAX_PAIRS = 200_000
 _LOG2E = 1.4426950408889634
@@ -80,7 +80,7 @@ def _of_rows(arrays: tuple[jax.Array, jax.Array, jax.Array, Visibility], interpr
     active = active_blocks(visibility)
     pairs = (*_listed(active), *_listed(active.swapaxes(1, 2)))
     tables = tuple(x[:, None] for x in _tables(visibility))
-    operands = [_padded(x.transpose(0, 2, 3, 1), -1, 0) for x in (query, key, value)]
+    operands = [checkpoint_name(_padded(x.transpose(0, 2, 3, 1), -1, 0), OPERANDS) for x in (query, key, value)]
     out = _flash(interpret, *operands, tables, pairs)
     return out[..., :length].transpose(0, 3, 1, 2)
 

@@ -14,17 +14,18 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from idefics_jax.flash_attention import SAVED
+from idefics_jax.flash_attention import OPERANDS, SAVED
 
 policies = jax.checkpoint_policies
 
 # What is saved for the backward pass, from most memory to least; None recomputes nothing. "linear" keeps what each
 # Linear gives with its side path added: to keep every product, as is usual, is twice the memory and slower under LoRA.
+# Of queries, keys and values it keeps what a TPU's kernel of attention takes: rotated, and in its layout.
 # "attention" keeps what the kernel of attention gives, so that it does not run twice: a layer's width a token. Without
 # the kernel there is nothing of that name, and it is "full".
 REMAT_POLICIES = {
     "none": None,
-    "linear": policies.save_only_these_names("linear", "lora", SAVED),
+    "linear": policies.save_only_these_names("linear", "lora", OPERANDS, SAVED),
     "attention": policies.save_only_these_names(SAVED),
     "full": policies.nothing_saveable,
 }

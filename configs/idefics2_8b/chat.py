@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 from configs.idefics2_8b import instruct, stage1
 
 
-def get_config() -> ConfigDict:
-    config = instruct.get_config()
+def get_config(chip: str = "") -> ConfigDict:
+    config = instruct.get_config(chip)
     config.steps = 300  # paper: a few hundred, with a large batch
     config.init_from = f"{stage1.WORKDIR}/instruct"
     config.grow_vocabulary = "none"

@@ -81,7 +81,7 @@ TEXT = {
 TURNS = {"max_turns": 7, "line_break": 0.05}  # code
 
 
-def get_config() -> ConfigDict:
+def get_config(chip: str = "") -> ConfigDict:
     config = stage2.get_config()
     config.steps = 6000  # code: the instruction tuning of SmolVLM
     config.init_from = f"{stage1.WORKDIR}/stage2"
@@ -100,7 +100,7 @@ def get_config() -> ConfigDict:
     config.data.stages = {"instruct": {"sources": sources(), "documents": None}}
     # Ours: an image that is split takes 326 tokens and 5 images; vision rows as in stage 2.
     config.data.shape.update({"vision_rows": 7, "patches": 8960, "images": 48})
-    return config
+    return stage1.fit(config, chip, stage2.ROOM)
 
 
 def sources() -> dict[str, dict]:

@@ -3,6 +3,8 @@
     python -m idefics_jax.train --config configs/idefics2_8b/stage1.py --plan
     python -m idefics_jax.train --config configs/idefics2_8b/stage1.py --workdir work/idefics2_8b/stage1
 
+With the name of a chip, `stage1.py:v5p`, a recipe takes what that chip has room for: the same steps in less time.
+
 The four stages one after another: `python -m launch.recipes`. Each begins with what this file returns and changes what
 differs.
 
@@ -13,6 +15,8 @@ neither says.
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
+
+from idefics_jax.errors import UserError
 
 WORKDIR = "work/idefics2_8b"
 DATA = "data"
@@ -25,10 +29,17 @@ WEIGHTS = "weights"
 SHARES = {"obelics": 0.70, "pairs": 0.30}
 DOCUMENTS_A_SEQUENCE = {"obelics": 2.1, "pairs": 17.0, "pdf": 1.0}
 IMAGE_SIDE = 27  # patches: what 378 to 384 pixels hold
+# What each chip has memory for, of 64 v4 and v5p and 256 v5e (launch.aot --search): the policy that recomputes least,
+# and the most rows at once.
+ROOM = {
+    "v4": {"remat": "linear", "rows_a_device": 1},
+    "v5e": {"remat": "attention", "rows_a_device": 1},
+    "v5p": {"remat": "linear", "rows_a_device": 4},
+}
 RESIZER = "simd"  # ours: a quarter of the time, at most one level of 255 beside the reference in 3 values of 100
 
 
-def get_config() -> ConfigDict:
+def get_config(chip: str = "") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.steps = 80_000  # code: the checkpoint that stage 2 began from
@@ -73,6 +84,14 @@ def get_config() -> ConfigDict:
     config.log_every = 10
     config.checkpoint_every = 500
     config.keep_checkpoints = 3
+    return fit(config, chip, ROOM)
+
+
+def fit(config: ConfigDict, chip: str, room: dict[str, dict]) -> ConfigDict:
+    """Gives a recipe what a chip has room for; without the name of one, what it has says least of memory."""
+    if chip and chip not in room:
+        raise UserError(f"the recipe's argument {chip!r} is none of {', '.join(room)}, the chips it is known to fit")
+    config.update(room.get(chip, {}))
     return config
 
 

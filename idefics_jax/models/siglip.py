@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from idefics_jax.attention import Visibility, attend
+from idefics_jax.attention import Visibility, attend, filled_length
 from idefics_jax.config import VisionConfig
 from idefics_jax.layers import ACTIVATIONS, Dtype, Embedding, LayerNorm, Linear, shared_lora_a
 from idefics_jax.sharding import constrain
@@ -129,7 +129,11 @@ class Siglip(nn.Module):
         Returns:
           [B, V, S, E] in `dtype`; meaningless on padding.
         """
-        rows = (image_ids.shape[0] * image_ids.shape[1], image_ids.shape[2])
+        shape = image_ids.shape
+        more = (0, filled_length(shape[2], self.dtype) - shape[2])
+        patches = jnp.pad(patches, ((0, 0), (0, 0), more, (0, 0)))
+        image_ids, positions = (jnp.pad(x, ((0, 0), (0, 0), more)) for x in (image_ids, positions))
+        rows = (shape[0] * shape[1], image_ids.shape[2])
         segments = image_ids.reshape(rows)
         x = Embeddings(self.config, self.dtype, name="embeddings")(
             patches.reshape(*rows, patches.shape[-1]), positions.reshape(rows)
@@ -137,4 +141,4 @@ class Siglip(nn.Module):
         x = constrain(x, ("act_batch", "act_patches", "act_embed"))
         x = Encoder(self.config, self.dtype, self.remat, name="encoder")(x, Visibility(segments, segments))
         x = LayerNorm(self.config.layer_norm_eps, "vision_embed", name="post_layernorm")(x)
-        return x.reshape(*image_ids.shape, -1)
+        return x.reshape(*image_ids.shape, -1)[:, :, : shape[2]]

@@ -10,6 +10,7 @@ from data_pipelines.filters import Filters
 from idefics_jax import sharding
 from idefics_jax.batch import batch_spec
 from idefics_jax.config import Idefics2Config
+from idefics_jax.errors import UserError
 from idefics_jax.param_transforms import paths
 from idefics_jax.param_tree import abstract_params, param_shapes
 from idefics_jax.training.config import TrainConfig
@@ -98,6 +99,20 @@ def test_a_recipe_builds_at_full_size(name):
     config = built(name)
     assert config.steps > config.optimizer.warmup_steps
     assert config.data.shape.patches >= config.image_rules["positions_per_side"] ** 2, "a largest image finds a row"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("chip", ["v4", "v5e", "v5p"])
+def test_a_chip_changes_how_a_recipe_is_computed_and_nothing_that_it_learns(name, chip):
+    plain, fitted = (RECIPES[name].get_config(*argument).to_dict() for argument in ((), (chip,)))
+    TrainConfig.from_config_dict(fitted)
+    differ = {key for key in plain if plain[key] != fitted[key]}
+    assert differ <= {"remat", "rows_a_device", "frozen_dtype"}
+
+
+def test_an_unknown_chip_is_refused_by_name():
+    with pytest.raises(UserError, match="argument 'v6e' is none of v4, v5e, v5p"):
+        RECIPES["stage2"].get_config("v6e")
 
 
 def test_the_model_is_the_released_one():
