@@ -77,7 +77,7 @@ def test_a_row_that_is_full_holds_one_document():
 def test_the_mixture_of_a_recipe_fills_its_rows():
     from configs.idefics2_8b import stage1
 
-    rows = packed_rows(stage1.get_config())
+    rows = packed_rows(stage1.get_config(), rows=64)
     assert all(share > 0.9 for share in rows.fill)
     # Images of stage 1 all have 27 x 27 patches.
     work = rows.work(1, window=4096)
