@@ -248,8 +248,10 @@ class Text:
                 if made:
                     shape = _result(made[1], started=bool(made[3]))
                     hidden = bool(made[3]) or name in self._asynchronous
-                    kind = "reduce-scatter" if "reduce-scatter" in name else made[2]
-                    found[(kind, shape, _size(shape), _group(line), hidden)] += runs
+                    size, group, kind = _size(shape), _group(line), made[2]
+                    if kind == "all-reduce" and "reduce-scatter" in name:  # of which each device cuts its part at once
+                        kind, size = "reduce-scatter", size // group
+                    found[(kind, shape, size, group, hidden)] += runs
         every = [Collective(*key[:4], count=count, hidden=key[4]) for key, count in found.items()]
         return tuple(sorted(every, key=lambda one: -one.bytes * one.count))
 
@@ -339,7 +341,7 @@ def _group(line: str) -> int:
         return listed[1].count(",") + 1
     if tiled := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
         return int(tiled[2])
-    if meshed := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+    if meshed := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(.*?\))? \{([^}]*)\}", line):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", meshed[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", meshed[2]))
     return 2 if "source_target_pairs" in line else 1

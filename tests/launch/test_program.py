@@ -71,3 +71,20 @@ def test_what_does_not_fit_is_said_in_a_sentence():
 def test_an_unknown_slice_is_refused_with_those_there_are():
     with pytest.raises(UserError, match="slice 'v5p-7' is unknown; choose one of v4-8"):
         program.slice_devices("v5p-7")
+
+
+def test_collectives_are_told_with_their_groups_and_what_each_device_ends_with():
+    mesh = sharding.make_mesh({"data": -1, "fsdp": 16}, program.slice_devices("v5p-128"))
+    rows, cut = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((("data", "fsdp"),), (None, "fsdp")))
+    x = jax.ShapeDtypeStruct((mesh.size * 2, 512, 1024), jnp.bfloat16, sharding=rows)
+    kernels = jax.ShapeDtypeStruct((4, 1024, 1024), jnp.bfloat16, sharding=cut)
+
+    def loss(kernels, x):
+        return jnp.sum(jax.lax.scan(lambda y, kernel: (jnp.tanh(y @ kernel), None), x, kernels)[0].astype(jnp.float32))
+
+    cost = program.cost(jax.grad(loss), kernels, x, out_shardings=cut)
+    found = {(one.kind, one.devices, one.bytes): one.count for one in cost.collectives}
+    whole = 1024 * 1024 * 2
+    assert found[("all-gather", 16, whole)] == 8, "each kernel is gathered forward and backward"
+    assert found[("reduce-scatter", 16, whole // 16)] == 4, "each gradient is summed where its part of the kernel lies"
+    assert found[("all-reduce", 4, whole // 16)] == 4, "and then over the groups along data"
