@@ -6,11 +6,10 @@ import os
 from pathlib import Path
 
 # Tests run each small program a few times, so compiling costs far more than running. Set before jax is imported, and
-# for the processes that tests start too. A program in one part takes less of the processors than one in many.
+# for the processes that tests start too.
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
-    " --xla_cpu_parallel_codegen_split_count=1",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false",
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Many tests compile the same program; so do the processes they start.
