@@ -15,6 +15,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from data_pipelines import position
 from data_pipelines.cache import Cache
 from data_pipelines.packed_rows import OBJECT_BYTES, Candidate, PackedRows, PackIterDataset
 from data_pipelines.rejection import Ledger, Rejected
@@ -123,7 +124,9 @@ class _DecodeIterator(grain.DatasetIterator):
         """Takes the shards that are this process's out of a state, which may hold others.
 
         Raises:
-          UserError: the state belongs to other data, other settings or another number of shards.
+          UserError: the state belongs to other data, other settings or another number of shards, or another version of
+            this code wrote it.
+          FileNotFoundError: it lacks a shard that it should have.
         """
         changed = differences(json.loads(state["about"]), json.loads(self._decoding.about))
         if changed:
@@ -132,7 +135,15 @@ class _DecodeIterator(grain.DatasetIterator):
                 "they were, or start in another workdir"
             )
         for place, (shard, parent) in enumerate(zip(self._decoding.shards, self._parents, strict=True)):
-            own = state["shards"][str(shard)]
+            own = state["shards"].get(str(shard))
+            if own is None:
+                raise FileNotFoundError(f"the saved position lacks shard {shard}; put its file back from a copy")
+            position.check_fields(
+                own,
+                position.field_names(self.get_state()["shards"][str(shard)]),
+                where=f"shard {shard} of the saved position",
+                mend="let that version go on, or start in another workdir",
+            )
             parent.set_state(own["packed"])
             self._undecodable[place] = collections.Counter(json.loads(own["undecodable"]))
             self._examples[place] = json.loads(own["examples"])

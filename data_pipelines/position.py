@@ -7,7 +7,7 @@ shard_<k>.json   where shard k stands
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -20,6 +20,9 @@ from idefics_jax.settings import differences
 # In a work directory: where the data stood when the run had ended.
 FOLDER = "data_position"
 _ABOUT = "about.json"
+# What a run that goes on with other settings reads of them.
+_ABOUT_FIELDS = ("data.virtual_shards", "files", "earlier")
+_SHARD_FIELDS = ("packed.positions", "packed.waiting", "packed.left")
 
 
 def write(folder: epath.Path, data: grain.DatasetIterator, *, first_process: bool) -> None:
@@ -70,10 +73,11 @@ def reached(workdir: str, shards: Sequence[int], about: dict[str, Any]) -> list[
       about: of the run that goes on. The sources of both runs must have the same files in the same order.
 
     Raises:
-      UserError: there is no such run, it had another number of shards, or a source had other files or another order.
+      UserError: there is no such run, it had another number of shards, a source had other files or another order, or
+        its position is damaged or of another version of this code.
     """
     folder = _folder(workdir)
-    before = json.loads((folder / _ABOUT).read_text())
+    before = _load(folder / _ABOUT, _ABOUT_FIELDS)
     was, is_now = before["data"]["virtual_shards"], about["data"]["virtual_shards"]
     if was != is_now:
         raise UserError(
@@ -87,7 +91,7 @@ def reached(workdir: str, shards: Sequence[int], about: dict[str, Any]) -> list[
                 f"data.after is {workdir!r}, where source {name!r} had other files or another order "
                 f"({'; '.join(changed)}); give them as they were, or the source another name, to begin it anew"
             )
-    packed = [json.loads(_file(folder, shard).read_text())["packed"] for shard in shards]
+    packed = [_load(_file(folder, shard), _SHARD_FIELDS)["packed"] for shard in shards]
     return [
         Reached(
             json.loads(state["positions"]),
@@ -102,7 +106,8 @@ def identity(workdir: str) -> tuple[str, dict[str, Any]]:
     """Returns the digest of where an ended run left its data, and its `sources_of`; raises UserError as `reached`."""
     folder = _folder(workdir)
     files = {file.name: file.read_bytes() for file in folder.iterdir()}
-    return hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()[:16], sources_of(json.loads(files[_ABOUT]))
+    digest = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()[:16]
+    return digest, sources_of(_load(folder / _ABOUT, _ABOUT_FIELDS))
 
 
 def sources_of(about: dict[str, Any]) -> dict[str, Any]:
@@ -115,6 +120,36 @@ def keep(workdir: str, folder: epath.Path) -> None:
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     for file in _folder(workdir).iterdir():
         file.copy(folder / FOLDER / file.name, overwrite=True)
+
+
+def check_fields(saved: Mapping[str, Any], fields: Iterable[str], *, where: str, mend: str) -> None:
+    """Raises UserError if a part of a saved position lacks fields, of which `field_names` gives the names.
+
+    `where` says which part; `mend` closes the message.
+    """
+    there = set(field_names(saved))
+    lacking = [name for name in fields if name not in there]
+    if lacking:
+        raise UserError(f"{where} lacks {', '.join(lacking)}, so another version of this code wrote it; {mend}")
+
+
+def field_names(state: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yields the dotted name of each field of a state, groups and what is in them."""
+    for name, value in state.items():
+        yield f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            yield from field_names(value, f"{prefix}{name}.")
+
+
+def _load(file: epath.Path, fields: Iterable[str]) -> dict[str, Any]:
+    """Returns a file of an ended run's position, which has at least some fields."""
+    try:
+        saved = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({error}); put it back from a copy, or leave data.after out") from None
+    mend = "let that version go on, or leave data.after out to begin all sources anew"
+    check_fields(saved, fields, where=str(file), mend=mend)
+    return saved
 
 
 def _folder(workdir: str) -> epath.Path:

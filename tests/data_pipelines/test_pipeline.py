@@ -144,6 +144,17 @@ def test_a_position_in_other_data_is_refused(config, processor):
     start(dataclasses.replace(config, num_threads=1, prefetch=1, cache_mib=1), processor).set_state(state)
 
 
+def test_a_position_of_an_earlier_version_is_refused_by_what_it_lacks(config, processor):
+    state = start(config, processor).get_state()
+    del state["shards"]["1"]["packed"]["marks"], state["shards"]["1"]["examples"]
+    lacks = r"^shard 1 of the saved position lacks packed.marks, examples, so another version .* in another workdir$"
+    with pytest.raises(UserError, match=lacks):
+        start(config, processor).set_state(state)
+    del state["shards"]["1"]  # which a checkpoint loses by damage alone: the one before it is taken
+    with pytest.raises(FileNotFoundError, match="the saved position lacks shard 1; put its file back"):
+        start(config, processor).set_state(state)
+
+
 def test_a_file_written_anew_under_an_equal_footer_is_refused_by_a_waiting_document(one_source, processor):
     """Two captions of one length have changed places: sizes and statistics of the columns are what they were."""
     rows = [pair(f"{i:03}") for i in range(40)]

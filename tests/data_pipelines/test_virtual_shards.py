@@ -215,6 +215,24 @@ def test_a_run_does_not_go_on_in_another_order_or_other_files(ended, one_source,
         batches(other, processor, process_index=0, process_count=1)
 
 
+def test_a_run_does_not_go_on_from_files_that_another_version_wrote_or_that_are_damaged(ended, processor, tmp_path):
+    later, folder = dataclasses.replace(ended[0], after=str(tmp_path / "run")), tmp_path / "run" / position.FOLDER
+    about, shard = (json.loads((folder / name).read_text()) for name in ("about.json", "shard_1.json"))
+    del about["earlier"], shard["packed"]["left"], shard["packed"]["waiting"]
+    for name, text, message in [
+        ("shard_1.json", json.dumps(shard), r"shard_1.json lacks packed.waiting, packed.left, so another version"),
+        (
+            "shard_1.json",
+            '{"packed": ',
+            r"shard_1.json cannot be read .*; put it back from a copy, or leave data.after",
+        ),
+        ("about.json", json.dumps(about), r"about.json lacks earlier, so another version .* leave data.after out"),
+    ]:
+        (folder / name).write_text(text)
+        with pytest.raises(UserError, match=message):
+            batches(later, processor, process_index=0, process_count=1)
+
+
 def test_a_position_is_refused_where_the_run_before_has_gone_on(ended, processor, tmp_path):
     config = dataclasses.replace(ended[0], after=str(tmp_path / "run"))
     later = batches(config, processor, process_index=0, process_count=1)
