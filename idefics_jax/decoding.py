@@ -12,6 +12,7 @@ import simplejpeg
 
 from idefics_jax import image_gate
 from idefics_jax.image_gate import RejectedImage
+from idefics_jax.scratch import scratch
 
 # Pixels that are laid on white at once.
 _STRIP_PIXELS = 2**20
@@ -50,7 +51,7 @@ def rgb_array(data: bytes, image: PIL.Image.Image, *, channels: int) -> np.ndarr
       channels: 3, or 4 for a fourth byte that says nothing.
 
     Returns:
-      uint8 [height, width, channels], contiguous.
+      uint8 [height, width, channels], contiguous. It may change when this thread decodes another image.
     """
     layout, (width, height) = ("RGBX" if channels == 4 else "RGB"), upright_size(image)
     pixels = _jpeg_array(data, image, layout)
@@ -64,7 +65,7 @@ def _jpeg_array(data: bytes, image: PIL.Image.Image, layout: str) -> np.ndarray 
     plain = image.format == image_gate.JPEG and image.mode == "RGB" and image_gate.transpose_of(image) is None
     if not plain:
         return None
-    pixels = np.empty(image.width * image.height * len(layout), np.uint8)
+    pixels = scratch("decoded", (image.width * image.height * len(layout),))
     try:
         # Strict: what Pillow would only warn of raises.
         decoded = simplejpeg.decode_jpeg(data, layout, buffer=pixels, strict=True)

@@ -194,15 +194,43 @@ def resized_size(width: int, height: int, rules: ImageRules, upscale: float) -> 
 
 
 def cut(pixels: np.ndarray, patch: int, out: np.ndarray | None = None) -> np.ndarray:
-    """Cuts contiguous uint8 [h, w, 3] into patches [rows * columns, patch * patch * 3], written to `out` if given."""
-    rows, columns, stride = pixels.shape[0] // patch, pixels.shape[1] // patch, pixels.strides[0]
+    """Cuts pixels into patches.
+
+    Args:
+      pixels: contiguous uint8 [h, w, 3], or [h, w, 4] of which the fourth byte is left out.
+      patch: side of a patch.
+      out: contiguous uint8 [rows * columns, patch * patch * 3] to write to; by default a new one.
+
+    Returns:
+      The patches, in reading order.
+    """
+    (height, width, channels), stride = pixels.shape, pixels.strides[0]
+    rows, columns, size = height // patch, width // patch, patch * patch * 3
     if out is None:
-        out = np.empty((rows * columns, patch * patch * 3), np.uint8)
+        out = np.empty((rows * columns, size), np.uint8)
+    if channels == 4:
+        _cut_and_pack(pixels, patch, out)
+        return out
     # A line of a patch is moved as one element; byte by byte numpy takes twice as long.
     line = np.dtype((np.void, patch * 3))
     lines = np.ndarray((rows, columns, patch), line, pixels, strides=(patch * stride, patch * 3, stride))
     out.view(line).reshape(rows, columns, patch)[...] = lines
     return out
+
+
+def _cut_and_pack(pixels: np.ndarray, patch: int, out: np.ndarray) -> None:
+    """Cuts four bytes a pixel into patches of three, in a third of the time that packing them first takes.
+
+    Each pixel is written whole, and the next one over its fourth byte: numpy goes through an array in the order of the
+    places that it writes to. The last row of patches, behind which there may be no byte of ours, is written by threes.
+    """
+    (height, width, _), stride = pixels.shape, pixels.strides[0]
+    rows, columns, size = height // patch, width // patch, patch * patch * 3
+    source, place = (patch * stride, patch * 4, stride, 4), (columns * size, size, patch * 3, 3)
+    for first, end, element in ((0, rows - 1, np.uint32), (rows - 1, rows, np.dtype((np.void, 3)))):
+        shape = (end - first, columns, patch, patch)
+        found = np.ndarray(shape, element, pixels, first * source[0], source)
+        np.ndarray(shape, element, out, first * place[0], place)[...] = found
 
 
 def decode(data: bytes, rules: ImageRules) -> PIL.Image.Image:

@@ -11,6 +11,8 @@ import numpy as np
 import PIL.Image
 from cykooz_resizer import FilterType, ResizeAlg, ResizeOptions, Resizer
 
+from idefics_jax.scratch import scratch
+
 Box = tuple[int, int, int, int]
 
 _BILINEAR = ResizeOptions(resize_alg=ResizeAlg.convolution(FilterType.bilinear), use_alpha=False)
@@ -23,30 +25,35 @@ def pillow(image: PIL.Image.Image, box: Box, size: tuple[int, int]) -> np.ndarra
 
 
 def simd(pixels: np.ndarray, box: Box, size: tuple[int, int]) -> np.ndarray:
-    """As `pillow`, of uint8 [h, w, 4]: the vector instructions want four bytes a pixel. The fourth is not looked at."""
+    """As `pillow`, but of and to four bytes a pixel, as the vector instructions want it; the fourth says nothing.
+
+    Args:
+      pixels: uint8 [h, w, 4], contiguous.
+      box: left, top, right and bottom of what is resized.
+      size: (width, height) that it gets.
+
+    Returns:
+      uint8 [height, width, 4], contiguous. It may be `pixels`, or change when this thread resizes another image.
+    """
     left, top, right, bottom = box
-    # Copied unless it is the whole: the filter would reach beyond a box.
-    piece = np.ascontiguousarray(pixels[top:bottom, left:right])
+    piece = pixels[top:bottom, left:right]
+    if not piece.flags.c_contiguous:  # the filter would reach beyond a box
+        piece, whole = scratch("piece", piece.shape), piece
+        piece[...] = whole
     (height, width, _), (new_width, new_height) = piece.shape, size
     # Pillow 13 begins with the axis that leaves less for the other, and the first pass rounds.
     columns_first = new_height < height and height - new_height > 2 * (width - new_width)
     halfway = (width, new_height) if columns_first else (new_width, height)
-    for wanted in (halfway, size):
-        if wanted != (piece.shape[1], piece.shape[0]):
-            piece = _resize(piece, *wanted)
-    # Pillow packs pixels in less time than numpy takes to copy three bytes in four, and a single line at once.
-    packed = _as_image(piece.reshape(1, -1, 4), "RGBX").tobytes("raw", "RGB")
-    return np.frombuffer(packed, np.uint8).reshape(new_height, new_width, 3)
+    for use, (wide, high) in (("halfway", halfway), ("resized", size)):
+        if (wide, high) != (piece.shape[1], piece.shape[0]):
+            resized = scratch(use, (high, wide, 4))
+            Resizer().resize_pil(_as_image(piece), _as_image(resized), _BILINEAR)
+            piece = resized
+    return piece
 
 
-def _resize(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
-    resized = np.empty((height, width, 4), np.uint8)
-    # CMYK is the one mode of four bytes without alpha that the resizer takes.
-    Resizer().resize_pil(_as_image(pixels, "CMYK"), _as_image(resized, "CMYK"), _BILINEAR)
-    return resized
-
-
-def _as_image(pixels: np.ndarray, mode: str) -> PIL.Image.Image:
+def _as_image(pixels: np.ndarray) -> PIL.Image.Image:
     """Returns an image that shares the memory of contiguous uint8 [h, w, 4]."""
     height, width, _ = pixels.shape
-    return PIL.Image.frombuffer(mode, (width, height), pixels, "raw", mode, 0, 1)
+    # CMYK is the one mode of four bytes without alpha that the resizer takes.
+    return PIL.Image.frombuffer("CMYK", (width, height), pixels, "raw", "CMYK", 0, 1)

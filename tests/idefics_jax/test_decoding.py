@@ -64,7 +64,7 @@ def test_rarer_subsampling_is_decoded_so_too(subsampling, monkeypatch):
 
 def test_four_channels_are_the_three_and_one_more():
     for data in (encoded(PHOTOGRAPH), encoded(PHOTOGRAPH, "PNG"), encoded(PHOTOGRAPH.convert("L"))):
-        three, four = (decoding.rgb_array(data, opened(data), channels=channels) for channels in (3, 4))
+        three, four = (decoding.rgb_array(data, opened(data), channels=channels).copy() for channels in (3, 4))
         assert four.shape == (427, 640, 4)
         assert (four[..., :3] == three).all()
 

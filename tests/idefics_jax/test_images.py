@@ -17,6 +17,7 @@ from transformers.image_utils import SizeDict
 from transformers.models.idefics2 import image_processing_pil_idefics2 as reference
 from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionEmbeddings
 
+from idefics_jax import images
 from idefics_jax.errors import UserError
 from idefics_jax.images import ImageRules, image_patches, image_size, patch_grids, position_ids
 
@@ -146,6 +147,15 @@ def test_numbers_of_a_patch_run_row_column_channel():
     assert patches.shape == (4, 12)
     assert patches.dtype == np.uint8
     assert patches[1].tolist() == [*range(6, 12), *range(18, 24)]
+
+
+@pytest.mark.parametrize(("size", "patch"), [((28, 28), 14), ((45, 61), 14), ((14, 17), 14), ((7, 9), 2), ((5, 3), 1)])
+def test_four_bytes_a_pixel_are_cut_as_three_are_and_nothing_behind_them_is_written(size, patch):
+    pixels = np.random.default_rng(patch).integers(0, 256, (*size, 4), np.uint8)
+    wanted = images.cut(np.ascontiguousarray(pixels[:, :, :3]), patch)
+    place = np.full((len(wanted) + 1, patch * patch * 3), 7, np.uint8)
+    np.testing.assert_array_equal(images.cut(pixels, patch, place[:-1]), wanted)
+    assert (place[-1] == 7).all()
 
 
 @pytest.mark.parametrize("size", [(20_000, 1), (1, 20_000)], ids=str)

@@ -31,7 +31,7 @@ def differences(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("photograph", PHOTOGRAPHS, ids=["china", "flower"])
 def test_simd_is_a_level_beside_pillow_at_few_values(photograph, size):
-    found = resize.simd(padded(photograph, 255), (0, 0, 640, 427), size)
+    found = resize.simd(padded(photograph, 255), (0, 0, 640, 427), size)[:, :, :3]
     off = differences(found, reference(photograph, size))
     assert off.mean() < 0.02
     assert off.max() <= 2
@@ -44,7 +44,7 @@ def test_simd_is_near_whatever_the_sizes(sides):
     """The order of the passes alone would put a fifth of noise beside."""
     width, height, new_width, new_height = sides
     noise = np.random.default_rng(sides).integers(0, 256, (height, width, 3), np.uint8)
-    found = resize.simd(padded(noise, 0), (0, 0, width, height), (new_width, new_height))
+    found = resize.simd(padded(noise, 0), (0, 0, width, height), (new_width, new_height))[:, :, :3]
     off = differences(found, reference(noise, (new_width, new_height)))
     assert off.max() <= 2
     if off.size > 10_000:
@@ -56,10 +56,11 @@ def test_nothing_beyond_the_box_is_seen(box):
     left, top, right, bottom = box
     wanted = reference(PHOTOGRAPHS[0][top:bottom, left:right], (101, 77))
     assert (resize.pillow(PIL.Image.fromarray(PHOTOGRAPHS[0]), box, (101, 77)) == wanted).all()
-    assert differences(resize.simd(padded(PHOTOGRAPHS[0], 255), box, (101, 77)), wanted).max() <= 2
+    assert differences(resize.simd(padded(PHOTOGRAPHS[0], 255), box, (101, 77))[:, :, :3], wanted).max() <= 2
 
 
 def test_the_fourth_byte_is_not_looked_at():
-    found = [resize.simd(padded(PHOTOGRAPHS[1], fourth), (0, 0, 640, 427), (333, 222)) for fourth in (0, 128, 255)]
+    whole, size = (0, 0, 640, 427), (333, 222)
+    found = [resize.simd(padded(PHOTOGRAPHS[1], fourth), whole, size)[:, :, :3].copy() for fourth in (0, 128, 255)]
     assert (found[0] == found[1]).all()
     assert (found[0] == found[2]).all()
