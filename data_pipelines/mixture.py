@@ -5,6 +5,7 @@ A source keeps its position where a stage ends: the next one goes on with the do
 mix starts every source anew in each mixture, and has no such blocks.)
 """
 
+import bisect
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
@@ -46,6 +47,7 @@ class Mixture:
         self._ends = list(itertools.accumulate(length for _, length in stages[:-1]))
         self._sizes = [_block_size(weights) for weights, _ in stages]
         self._block = functools.lru_cache(maxsize=4)(self._make_block)
+        # The position that each source has at the beginning of a stage.
         self._bases = [np.array([start.get(name, 0) for name in self.names], np.int64)]
         for begin, end in zip([0, *self._ends], self._ends, strict=False):
             self._bases.append(self._bases[-1] + self._within(len(self._bases) - 1, end - begin))
@@ -56,10 +58,8 @@ class Mixture:
             return self._first[index]
         stage, index = self._stage(index)
         block, slot = divmod(index, self._sizes[stage])
-        sources, ranks = self._block(stage, block)
-        source = sources[slot]
-        position = self._bases[stage][source] + self._before(stage, block)[source] + ranks[slot]
-        return self.names[source], int(position)
+        sources, positions = self._block(stage, block)
+        return self.names[sources[slot]], int(positions[slot])
 
     def positions(self, index: int) -> dict[str, int]:
         """Returns the position that each source has reached before the index-th document."""
@@ -70,7 +70,7 @@ class Mixture:
     def _stage(self, index: int) -> tuple[int, int]:
         """Returns the stage of an index, and the index within it."""
         index = max(0, index - self.leads)
-        stage = int(np.searchsorted(self._ends, index, side="right"))
+        stage = bisect.bisect_right(self._ends, index)
         return stage, index - (self._ends[stage - 1] if stage else 0)
 
     def _within(self, stage: int, count: int) -> np.ndarray:
@@ -85,13 +85,14 @@ class Mixture:
         return np.diff(reached, prepend=0)
 
     def _make_block(self, stage: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the source of each slot of a block, and how many slots of that source come before it."""
+        """Returns the source of each slot of a block, and the position in that source."""
         rng = np.random.default_rng((*self._seed, stage, block))
-        quotas = self._before(stage, block + 1) - self._before(stage, block)
+        before = self._before(stage, block)
+        quotas = self._before(stage, block + 1) - before
         sources = np.repeat(np.arange(len(quotas)), quotas)
         ranks = np.concatenate([np.arange(quota) for quota in quotas])
         order = np.argsort((ranks + rng.random(len(ranks))) / quotas[sources], kind="stable")
-        return sources[order], ranks[order]
+        return sources[order], (self._bases[stage] + before)[sources[order]] + ranks[order]
 
 
 def _cumulative(weights: Mapping[str, float], names: Sequence[str]) -> np.ndarray:

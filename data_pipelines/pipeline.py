@@ -222,10 +222,11 @@ def _open(config: DataConfig, processor: Processor, cache: Cache, *, shards_here
     }
 
 
-class _ShardDocuments:
-    """A shard's endless sequence of (index, what that row gave), for grain.MapDataset.source."""
+class _ShardDocuments(grain.MapDataset):
+    """A shard's endless sequence of (index, what that row gave)."""
 
     def __init__(self, shard: int, mixture: Mixture, opened: Mapping[str, DocumentSource]):
+        super().__init__()
         self._shard = shard
         self._mixture = mixture
         self._opened = opened
@@ -265,8 +266,7 @@ def _packed(
         max_bad_fraction=config.max_bad_fraction,
         num_threads=threads,
     )
-    documents = grain.MapDataset.source(_ShardDocuments(shard, mixture, opened))
-    return PackIterDataset(documents, packing, mixture, left=start.left)
+    return PackIterDataset(_ShardDocuments(shard, mixture, opened), packing, mixture, left=start.left)
 
 
 def _about(config: DataConfig, opened: Mapping[str, DocumentSource], processor: Processor) -> dict[str, Any]:

@@ -95,7 +95,8 @@ class RecordRows:
         """
         self.shards = shards
         self._columns = columns
-        self._folder = os.path.commonpath([os.path.abspath(shard.path.parent) for shard in shards])
+        folder = os.path.commonpath([os.path.abspath(shard.path.parent) for shard in shards])
+        self._names = [os.path.relpath(shard.path, folder) for shard in shards]
         counts = [-(-shard.records // GROUP_ROWS) for shard in shards]
         self._shard_of = np.repeat(np.arange(len(shards)), counts)
         self._first_rows = np.concatenate([[0], *(np.arange(count) * GROUP_ROWS for count in counts)])[1:]
@@ -111,8 +112,7 @@ class RecordRows:
 
     def name(self, group: int, row: int) -> str:
         """Returns "shard:record": the shard from the folder that holds all of them."""
-        path = os.path.relpath(self.shards[self._shard_of[group]].path, self._folder)
-        return f"{path}:{self._first_rows[group] + row}"
+        return f"{self._names[self._shard_of[group]]}:{self._first_rows[group] + row}"
 
     def row(self, group: int, row: int) -> dict[str, Any]:
         """Returns a row of a group.
