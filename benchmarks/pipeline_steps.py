@@ -20,7 +20,7 @@ import numpy as np
 from benchmarks import pipeline_sides as sides
 from data_pipelines.packing import Pool, Sizes, pack_row
 from data_pipelines.records import RecordRows
-from idefics_jax import decoding, image_gate, images, resize
+from idefics_jax import decoding, images, resize
 from idefics_jax.batch import Encoded, empty_batch, place_document
 from idefics_jax.documents import Image, Text
 
@@ -72,8 +72,8 @@ def _count(encoded: Encoded) -> int:
 
 
 def _decoded(data: bytes, size: tuple[int, int]) -> np.ndarray:
-    image = image_gate.open_image(data, max_pixels=sides.RULES.max_pixels)
-    return decoding.rgb_array(data, image, channels=3 if image.size == size else 4)
+    image = decoding.Stored(data, max_pixels=sides.RULES.max_pixels)
+    return decoding.rgb_array(image, channels=3 if image.size == size else 4)
 
 
 def _resized(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:

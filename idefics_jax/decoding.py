@@ -6,6 +6,8 @@ the same pixels, bit for bit: libjpeg-turbo, which Pillow uses too, straight int
 left to Pillow, so what is refused, and why, does not depend on the way.
 """
 
+import functools
+
 import numpy as np
 import PIL.Image
 import simplejpeg
@@ -16,6 +18,36 @@ from idefics_jax.scratch import scratch
 
 # Pixels that are laid on white at once.
 _STRIP_PIXELS = 2**20
+
+
+class Stored:
+    """An image as it is stored, let in by the gate.
+
+    Attributes:
+      data: its bytes.
+      size: (width, height) of the upright image.
+    """
+
+    def __init__(self, data: bytes, *, max_pixels: int):
+        """Raises RejectedImage as image_gate.open_image does."""
+        self.data = data
+        self._max_pixels = max_pixels
+        plain_size = image_gate.plain_jpeg_size(data, max_pixels=max_pixels)
+        self._is_plain = plain_size is not None
+        self.size = plain_size or upright_size(self.opened)
+
+    @functools.cached_property
+    def opened(self) -> PIL.Image.Image:
+        """As Pillow opens it."""
+        return image_gate.open_image(self.data, max_pixels=self._max_pixels)
+
+    def is_upright_colour_jpeg(self) -> bool:
+        """Whether its pixels are right as libjpeg gives them."""
+        return self._is_plain or (
+            self.opened.format == image_gate.JPEG
+            and self.opened.mode == "RGB"
+            and image_gate.transpose_of(self.opened) is None
+        )
 
 
 def upright_size(image: PIL.Image.Image) -> tuple[int, int]:
@@ -42,36 +74,33 @@ def rgb_image(image: PIL.Image.Image) -> PIL.Image.Image:
     return rgb
 
 
-def rgb_array(data: bytes, image: PIL.Image.Image, *, channels: int) -> np.ndarray:
+def rgb_array(image: Stored, *, channels: int) -> np.ndarray:
     """As `rgb_image`, to an array.
 
     Args:
-      data: the image's bytes.
-      image: as the gate opened them.
+      image: to decode.
       channels: 3, or 4 for a fourth byte that says nothing.
 
     Returns:
       uint8 [height, width, channels], contiguous. It may change when this thread decodes another image.
     """
-    layout, (width, height) = ("RGBX" if channels == 4 else "RGB"), upright_size(image)
-    pixels = _jpeg_array(data, image, layout)
+    layout, (width, height) = ("RGBX" if channels == 4 else "RGB"), image.size
+    pixels = _jpeg_array(image, layout) if image.is_upright_colour_jpeg() else None
     if pixels is None:
-        pixels = np.frombuffer(rgb_image(image).tobytes("raw", layout), np.uint8)
+        pixels = np.frombuffer(rgb_image(image.opened).tobytes("raw", layout), np.uint8)
     return pixels.reshape(height, width, channels)
 
 
-def _jpeg_array(data: bytes, image: PIL.Image.Image, layout: str) -> np.ndarray | None:
-    """Decodes plain JPEG; returns None for all other images, and for damaged ones."""
-    plain = image.format == image_gate.JPEG and image.mode == "RGB" and image_gate.transpose_of(image) is None
-    if not plain:
-        return None
-    pixels = scratch("decoded", (image.width * image.height * len(layout),))
+def _jpeg_array(image: Stored, layout: str) -> np.ndarray | None:
+    """Decodes JPEG as it stands; returns None for a damaged one."""
+    width, height = image.size
+    pixels = scratch("decoded", (width * height * len(layout),))
     try:
         # Strict: what Pillow would only warn of raises.
-        decoded = simplejpeg.decode_jpeg(data, layout, buffer=pixels, strict=True)
+        decoded = simplejpeg.decode_jpeg(image.data, layout, buffer=pixels, strict=True)
     except ValueError:
         return None
-    return pixels if decoded.shape[:2] == (image.height, image.width) else None
+    return pixels if decoded.shape[:2] == (height, width) else None
 
 
 def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:

@@ -82,7 +82,7 @@ class ImageRules:
 
 def image_size(data: bytes, rules: ImageRules) -> tuple[int, int]:
     """Returns (width, height) in pixels of the upright image, from its header; raises RejectedImage."""
-    return decoding.upright_size(image_gate.open_image(data, max_pixels=rules.max_pixels))
+    return decoding.Stored(data, max_pixels=rules.max_pixels).size
 
 
 def patch_grids(data: bytes, rules: ImageRules, upscale: float = 1.0) -> list[tuple[int, int]]:
@@ -114,27 +114,27 @@ def image_patches(
     Raises:
       RejectedImage: the gate refuses the image, or its pixels are damaged; nothing was written then.
     """
-    image = image_gate.open_image(data, max_pixels=rules.max_pixels)
-    pieces = _pieces(*decoding.upright_size(image), rules, upscale)
+    image = decoding.Stored(data, max_pixels=rules.max_pixels)
+    pieces = _pieces(*image.size, rules, upscale)
     places = [None] * len(pieces) if out is None else out
     return [
         cut(pixels, rules.patch_size, place)
-        for pixels, place in zip(_resized_pieces(data, image, pieces, rules.resizer), places, strict=True)
+        for pixels, place in zip(_resized_pieces(image, pieces, rules.resizer), places, strict=True)
     ]
 
 
-def _resized_pieces(data: bytes, image: PIL.Image.Image, pieces: list[tuple], resizer: str) -> Iterator[np.ndarray]:
-    """Decodes an image once and yields its pieces as they are to be cut, uint8 [height, width, 3]."""
+def _resized_pieces(image: decoding.Stored, pieces: list[tuple], resizer: str) -> Iterator[np.ndarray]:
+    """Decodes an image once and yields its pieces as they are to be cut, uint8 [height, width, 3 or 4]."""
     if all((right - left, bottom - top) == size for (left, top, right, bottom), size in pieces):
-        pixels = decoding.rgb_array(data, image, channels=3)
+        pixels = decoding.rgb_array(image, channels=3)
         for (left, top, right, bottom), _ in pieces:
             yield np.ascontiguousarray(pixels[top:bottom, left:right])
     elif resizer == "simd":
-        pixels = decoding.rgb_array(data, image, channels=4)
+        pixels = decoding.rgb_array(image, channels=4)
         for box, size in pieces:
             yield resize.simd(pixels, box, size)
     else:
-        rgb = decoding.rgb_image(image)
+        rgb = decoding.rgb_image(image.opened)
         for box, size in pieces:
             yield resize.pillow(rgb, box, size)
 

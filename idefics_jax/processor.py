@@ -153,9 +153,11 @@ class Processor:
         text = "".join(part.text for part in texts)
         # As the reference: a word that touches an image gets its word boundary back, except before "<".
         space = previous == self.tokenizer.fake_token_id and not (text[0].isspace() or text[0] == "<")
-        ids, begins = self.tokenizer.encode_spans(" " + text if space else text, at_start=previous is None)
+        text = " " + text if space else text
         if len({part.trained for part in texts}) == 1:
+            ids = self.tokenizer.encode(text, at_start=previous is None)
             return ids, [texts[0].trained] * len(ids)
+        ids, begins = self.tokenizer.encode_spans(text, at_start=previous is None)
         flags = np.repeat([part.trained for part in texts], [len(part.text) for part in texts])
         return ids, [bool(flags[max(begin - space, 0)]) for begin in begins]
 

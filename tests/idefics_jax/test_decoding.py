@@ -25,22 +25,26 @@ def opened(data: bytes) -> PIL.Image.Image:
     return image_gate.open_image(data, max_pixels=10**6)
 
 
+def array(data: bytes, *, channels: int = 3) -> np.ndarray:
+    return decoding.rgb_array(decoding.Stored(data, max_pixels=10**6), channels=channels).copy()
+
+
 def both_ways(data: bytes) -> tuple[np.ndarray | str, np.ndarray | str]:
     """Returns the array and Pillow's image, or the reasons they were refused for."""
 
     def attempt(decode):
         try:
-            return np.asarray(decode(opened(data)))
+            return np.asarray(decode())
         except RejectedImage as error:
             return error.reason
 
-    return attempt(lambda image: decoding.rgb_array(data, image, channels=3)), attempt(decoding.rgb_image)
+    return attempt(lambda: array(data)), attempt(lambda: decoding.rgb_image(opened(data)))
 
 
 def took_the_short_way(data: bytes, monkeypatch) -> bool:
     with monkeypatch.context() as patch:
         patch.setattr(decoding, "rgb_image", lambda image: PIL.Image.new("RGB", decoding.upright_size(image), "red"))
-        return not (decoding.rgb_array(data, opened(data), channels=3) == (255, 0, 0)).all()
+        return not (array(data) == (255, 0, 0)).all()
 
 
 @pytest.mark.parametrize("size", [(640, 427), (333, 111), (17, 9), (8, 8), (1, 1), (1, 50)], ids=str)
@@ -64,7 +68,7 @@ def test_rarer_subsampling_is_decoded_so_too(subsampling, monkeypatch):
 
 def test_four_channels_are_the_three_and_one_more():
     for data in (encoded(PHOTOGRAPH), encoded(PHOTOGRAPH, "PNG"), encoded(PHOTOGRAPH.convert("L"))):
-        three, four = (decoding.rgb_array(data, opened(data), channels=channels).copy() for channels in (3, 4))
+        three, four = (array(data, channels=channels) for channels in (3, 4))
         assert four.shape == (427, 640, 4)
         assert (four[..., :3] == three).all()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import PIL.Image
 import pytest
 
+from idefics_jax import image_gate
 from idefics_jax.images import ImageRules, RejectedImage, image_patches, image_size, patch_grids
 
 ROOT = Path(__file__).parents[2]
@@ -92,6 +93,7 @@ def test_bomb_is_refused_by_its_header(name):
 def test_bombs_cost_no_memory():
     script = f"""
 import resource
+from idefics_jax import image_gate
 from idefics_jax.images import ImageRules, RejectedImage, image_patches
 rules = {RULES!r}
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -233,6 +235,29 @@ def test_mutated_bytes_are_refused_or_decoded_as_measured(name):
         else:
             assert [len(cut) for cut in result] == [rows * columns for rows, columns in patch_grids(data, RULES)]
     assert 0 < refused < ROUNDS
+
+
+def test_a_plain_jpeg_is_one_that_pillow_opens_as_it_was_measured():
+    """Damage is done to headers alone, of JPEG plain and not: whichever passes for plain, Pillow agrees with."""
+    rng, plain = random.Random(0), 0
+    seeds = [
+        encoded("JPEG", **options)
+        for options in ({}, {"progressive": True}, {"comment": b"by hand"}, {"keep_rgb": True}, {"icc_profile": b"icc"})
+    ]
+    assert [image_gate.plain_jpeg_size(seed, max_pixels=10**6) is not None for seed in seeds] == [True] * 3 + [
+        False
+    ] * 2
+    for _ in range(4000):
+        seed = rng.choice(seeds)
+        end = rng.choice([200, seed.index(b"\xff\xda") + 14])  # the tables of Huffman codes are most of the header
+        data = mutated(seed[:end], rng) + seed[end:]
+        size = image_gate.plain_jpeg_size(data, max_pixels=10**6)
+        if size is not None:
+            image = image_gate.open_image(data, max_pixels=10**6)
+            assert (image.format, image.mode, image.size) == ("JPEG", "RGB", size)
+            assert image_gate.transpose_of(image) is None
+            plain += 1
+    assert 200 < plain < 3500
 
 
 def mutated(data: bytes, rng: random.Random) -> bytes:

@@ -91,6 +91,7 @@ def test_ids_of_the_special_tokens_are_the_released_ones(mistral):
 def test_no_text_becomes_a_control_token(mistral, pieces):
     text = "".join(pieces)
     ids = mistral.encode(text, at_start=True)
+    assert ids == mistral.encode_spans(text, at_start=True)[0]
     assert all(token not in (mistral.unk_id, mistral.bos_id, mistral.eos_id) for token in ids)
     assert all(token < mistral.fake_token_id for token in ids)
     if not text.startswith((" ", "\u2581")):
