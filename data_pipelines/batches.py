@@ -17,9 +17,10 @@ import numpy as np
 
 from data_pipelines import position
 from data_pipelines.cache import Cache
+from data_pipelines.lent_memory import LentMemory
 from data_pipelines.packed_rows import OBJECT_BYTES, Candidate, PackedRows, PackIterDataset
 from data_pipelines.rejection import Ledger, Rejected
-from idefics_jax.batch import Batch, BatchShape, empty_batch, patch_places, place_document
+from idefics_jax.batch import Batch, BatchShape, batch_spec, empty_batch, patch_places, place_document
 from idefics_jax.errors import UserError
 from idefics_jax.images import RejectedImage
 from idefics_jax.processor import Processor
@@ -95,11 +96,13 @@ class _DecodeIterator(grain.DatasetIterator):
         self._undecodable: list[collections.Counter[str]] = [collections.Counter() for _ in parents]
         self._examples: list[dict[str, str]] = [{} for _ in parents]
         threads = decoding.num_threads
+        self._memory = LentMemory(batch_spec(decoding.shape)["patches"].shape)
         self._threads = concurrent.futures.ThreadPoolExecutor(threads) if threads else None
 
     def __next__(self) -> PackedBatch:
         packed = [next(parent) for parent in self._parents]
-        batch, rows = empty_batch(self._decoding.shape), [row for shard in packed for row in shard.rows]
+        batch = empty_batch(self._decoding.shape, self._memory.lend())
+        rows = [row for shard in packed for row in shard.rows]
         decode = self._threads.map if self._threads else map
         decoded = list(decode(functools.partial(self._decode_row, batch), range(len(rows)), rows))
         of_row = [place for place, shard in enumerate(packed) for _ in shard.rows]
@@ -161,6 +164,7 @@ class _DecodeIterator(grain.DatasetIterator):
 
     def _decode_row(self, batch: Batch, row: int, documents: tuple) -> list[tuple[Candidate, tuple, Rejected | None]]:
         """Writes the patches of a row's documents into the batch; returns what is wrong with each."""
+        ends = [0] * self._decoding.shape.vision_rows
 
         def fault(candidate: Candidate, slots: tuple) -> Rejected | None:
             places = patch_places(batch, row, candidate.encoded.grids, slots)
@@ -168,9 +172,14 @@ class _DecodeIterator(grain.DatasetIterator):
             if found is not None:
                 for place in places:
                     place[:] = 0
+            for (vision_row, begin), place in zip(slots, places, strict=True):
+                ends[vision_row] = max(ends[vision_row], begin + len(place))
             return found
 
-        return [(candidate, slots, fault(candidate, slots)) for candidate, slots in documents]
+        faults = [(candidate, slots, fault(candidate, slots)) for candidate, slots in documents]
+        for vision_row, end in enumerate(ends):
+            batch["patches"][row, vision_row, end:] = 0
+        return faults
 
     def _decode(self, candidate: Candidate, places: list[np.ndarray]) -> Rejected | None:
         """Writes a document's patches to their places, or says what is wrong."""

@@ -91,9 +91,13 @@ def batch_spec(shape: BatchShape) -> Batch:
     }
 
 
-def empty_batch(shape: BatchShape) -> Batch:
-    """Returns a writable numpy batch that is all padding."""
-    return {name: np.zeros(spec.shape, spec.dtype) for name, spec in batch_spec(shape).items()}
+def empty_batch(shape: BatchShape, patches: np.ndarray | None = None) -> Batch:
+    """Returns a writable numpy batch that is all padding; `patches` of it are taken as they are, where given."""
+    given = {} if patches is None else {"patches": patches}
+    return {
+        name: given[name] if name in given else np.zeros(spec.shape, spec.dtype)
+        for name, spec in batch_spec(shape).items()
+    }
 
 
 def fake_batch(
