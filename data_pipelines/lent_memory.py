@@ -19,7 +19,7 @@ class LentMemory:
         self._free: list[np.ndarray] = []
 
     def lend(self) -> np.ndarray:
-        """Returns uint8 of the shape, with anything in it; its memory comes back with the last view of it, of JAX too."""
+        """Returns uint8 of the shape with anything in it; its memory comes back with the last view, JAX's too."""
         memory = self._free.pop() if self._free else np.empty(math.prod(self._shape), np.uint8)
         lent = _Lent(memory.__array_interface__)
         weakref.finalize(lent, self._free.append, memory).atexit = False
