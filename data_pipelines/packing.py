@@ -14,6 +14,7 @@ Only sizes are looked at: images are decoded after packing.
 
 import copy
 import dataclasses
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ _FULL_ENOUGH = 0.005
 # How many of the best-filling documents are tried for room in the vision rows before giving up.
 _TRIES = 4
 _LARGEST_RUIN = 2
+_NONE = np.zeros(0, np.intp)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +112,7 @@ def pack_row(pool: Pool, shape: BatchShape, *, rounds: int, rng: np.random.Gener
     """
     row = _Row(pool, shape)
     row.put(0)
-    while (place := row.oldest_fitting()) is not None:
-        row.put(place)
+    row.put_by_age()
     for _ in range(rounds):
         if row.emptiness() < _FULL_ENOUGH or len(row.vision_rows) < 2:
             break
@@ -139,6 +140,7 @@ class _Row:
         self.pool = pool
         self.shape = shape
         self.demand = pool.demand()
+        self.least = self.demand.min(axis=1).tolist()  # of each, what every document takes
         # The share of a row's tokens plus that of its patches which each document fills.
         self.filling = self.demand[0] / shape.tokens + self.demand[1] / (shape.vision_rows * shape.patches)
         self.tokens = shape.tokens
@@ -178,18 +180,25 @@ class _Row:
         self.tokens += sizes.tokens
         self.images += len(sizes.images)
 
+    def room(self) -> tuple[int, int, int, int]:
+        """Returns what is left of what a document demands (Pool.demand)."""
+        return self.tokens, sum(self.patches), max(self.patches), self.images
+
     def fitting(self) -> np.ndarray:
         """Returns the places of documents that may fit (their images may still not find room)."""
-        room = np.array([[self.tokens], [sum(self.patches)], [max(self.patches)], [self.images]])
-        return np.flatnonzero((self.demand <= room).all(0) & self.free)
+        room = self.room()
+        if any(map(operator.lt, room, self.least)):
+            return _NONE
+        tokens, patches, largest, images = map(operator.le, self.demand, room)
+        return (tokens & patches & largest & images & self.free).nonzero()[0]
 
-    def oldest_fitting(self) -> int | None:
-        """Returns the oldest document that fits, and keeps out those before it whose images find no room."""
-        for place in self.fitting():
-            if _fit_images(self.pool.sizes[place].images, self.patches) is not None:
-                return int(place)
-            self.free[place] = False
-        return None
+    def put_by_age(self) -> None:
+        """Puts in each document that fits, the oldest first, and keeps out those whose images alone find no room."""
+        places = self.fitting()
+        for place, demand in zip(places.tolist(), self.demand.T[places].tolist(), strict=True):
+            # What no longer fits will not again: room only shrinks.
+            if all(map(operator.le, demand, self.room())) and not self.put(place):
+                self.free[place] = False
 
     def put_fullest(self) -> bool:
         """Puts in the document that fills most; returns whether there was one."""
