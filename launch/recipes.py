@@ -5,7 +5,8 @@
 
 Each is an ordinary `idefics_jax.train`, printed before it starts, in a folder of its own that has the recipe's name. A
 recipe that has finished is not run again, so the same command goes on with what was stopped. The settings of all are
-checked before the first one starts, those of a finished one against what it was trained with.
+checked before the first one starts, those of a finished one against what it was trained with. A finished one whose
+model or position in the data is gone writes it again from its checkpoint, unless the next has finished as well.
 """
 
 import subprocess
@@ -15,8 +16,11 @@ from pathlib import Path
 from absl import flags
 from etils import epath
 
+from data_pipelines import position
 from idefics_jax import commands
+from idefics_jax.convert.orbax import is_model_folder
 from idefics_jax.errors import UserError
+from idefics_jax.model import MODEL_IN_WORKDIR
 from idefics_jax.training.config import TrainConfig
 from idefics_jax.training.loop import check_same_run
 from idefics_jax.training.summary import SUMMARY_FILE
@@ -42,8 +46,45 @@ def run(recipe: Path, folder: Path, overrides: list[str]) -> None:
     arguments = [f"--config={recipe}", f"--workdir={folder}", *(f"--config.{override}" for override in overrides)]
     print(f"$ python -m idefics_jax.train {' '.join(arguments)}", flush=True)
     done = subprocess.run([sys.executable, "-m", "idefics_jax.train", *arguments], check=False)
-    if done.returncode or not (folder / SUMMARY_FILE).exists():
+    if done.returncode or missing(folder):
         raise UserError(f"{recipe} has not finished; mend what it says above and run the same command again")
+
+
+def missing(folder: Path) -> list[str]:
+    """Returns what a finished training has in its work directory and this one lacks."""
+    there = {
+        SUMMARY_FILE: (folder / SUMMARY_FILE).exists(),
+        MODEL_IN_WORKDIR: is_model_folder(epath.Path(folder / MODEL_IN_WORKDIR)),
+        position.FOLDER: all((folder / position.FOLDER / name).exists() for name in ("about.json", "shard_0.json")),
+    }
+    return [name for name, found in there.items() if not found]
+
+
+def trained(recipe: Path, folder: Path, *, used: bool) -> bool:
+    """Whether a recipe has finished and left what is needed of it; says so.
+
+    Args:
+      recipe: its config file.
+      folder: its work directory.
+      used: whether the recipe after it has finished too, so that nothing else is needed of this one.
+
+    Raises:
+      UserError: something needed is gone, and there is no checkpoint to write it from.
+    """
+    lacking = missing(folder)
+    if SUMMARY_FILE in lacking:
+        return False
+    gone = " and no ".join(lacking)
+    if used or not gone:
+        print(f"{recipe} is trained already: {folder}", flush=True)
+        return True
+    if not any(path.name.isdigit() for path in (folder / "checkpoints").glob("*")):
+        raise UserError(
+            f"{folder} has a {SUMMARY_FILE} but no {gone}, and no checkpoint to write them from; put them back from a "
+            f"copy, or remove {folder} to train {recipe} again"
+        )
+    print(f"{folder} has no {gone} any more; {recipe} goes on from its last checkpoint", flush=True)
+    return False
 
 
 def check(recipe: Path, folder: Path, overrides: list[str]) -> None:
@@ -65,7 +106,7 @@ def run_all(recipes: list[Path], workdir: Path, overrides: list[str]) -> None:
       overrides: settings of every recipe, as NAME=VALUE.
 
     Raises:
-      UserError: see `check` and `run`, or there is no recipe, or two would share a folder.
+      UserError: see `check`, `trained` and `run`, or there is no recipe, or two would share a folder.
     """
     folders = [workdir / recipe.stem for recipe in recipes]
     if not recipes or len(set(folders)) < len(folders):
@@ -74,11 +115,10 @@ def run_all(recipes: list[Path], workdir: Path, overrides: list[str]) -> None:
     plans = [(*where, overrides + start) for *where, start in zip(recipes, folders, starts, strict=False)]
     for recipe, folder, settings in plans:
         check(recipe, folder, settings)
-    for recipe, folder, settings in plans:
-        if (folder / SUMMARY_FILE).exists():
-            print(f"{recipe} is trained already: {folder}", flush=True)
-        else:
-            run(recipe, folder, settings)
+    used = [*((after / SUMMARY_FILE).exists() for after in folders[1:]), False]
+    left = [plan for plan, known in zip(plans, used, strict=True) if not trained(*plan[:2], used=known)]
+    for recipe, folder, settings in left:
+        run(recipe, folder, settings)
 
 
 def main() -> None:

@@ -130,6 +130,45 @@ def test_overrides_that_a_finished_recipe_was_not_trained_with_are_refused(folde
         recipes.run_all([folder / f"{name}.py" for name in RECIPES], folder / "work", overrides)
 
 
+@pytest.mark.parametrize(
+    ("left", "message"),
+    [
+        (["summary.json"], "stage1 has a summary.json but no model and no data_position, and no checkpoint"),
+        (["summary.json", "model/config.json", "data_position/about.json"], "no model and no data_position"),
+        (
+            ["summary.json", "model/config.json", "model/params/d", "checkpoints/2.damaged/a"],
+            "but no data_position, and",
+        ),
+    ],
+)
+def test_a_finished_recipe_that_lacks_what_the_next_needs_is_refused_before_any_trains(folder, left, message, tmp_path):
+    for name in left:
+        (tmp_path / "stage1" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "stage1" / name).write_text("{}")
+    files = [folder / f"{name}.py" for name in ("stage1", "stage2")]
+    with pytest.raises(UserError, match=rf"{message}.* put them back from a copy, or remove .* to train .*stage1.py"):
+        recipes.run_all(files, tmp_path, [])
+    (tmp_path / "stage2").mkdir()
+    (tmp_path / "stage2" / "summary.json").write_text("{}")
+    assert recipes.trained(files[0], tmp_path / "stage1", used=True), "its model is of no more use"
+
+
+def test_a_finished_recipe_writes_its_model_again_from_its_checkpoint(folder, tmp_path, capsys):
+    work = tmp_path / "stage1"
+    shutil.copytree(folder / "work" / "stage1", work)
+    for lost in ("model", "data_position"):
+        shutil.rmtree(work / lost)
+    recipe = folder / "stage1.py"
+    assert not recipes.trained(recipe, work, used=False)
+    assert "has no model and no data_position any more" in capsys.readouterr().out
+    values = json.loads((work / "run.json").read_text())
+    train(TrainConfig.from_config_dict(values), values, epath.Path(work))
+    assert recipes.trained(recipe, work, used=False)
+    before, after = (paths.flatten(load_model(where / "model")[0]) for where in (folder / "work" / "stage1", work))
+    for path, leaf in before.items():
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(after[path]), err_msg=path)
+
+
 @pytest.mark.parametrize("files", [[], ["a/stage.py", "b/stage.py"]])
 def test_no_recipe_and_two_of_one_name_are_refused(files, tmp_path):
     with pytest.raises(UserError, match="give at least one, each of its own name"):
