@@ -5,9 +5,14 @@ everything unfrozen diverge; a run should say so by itself, and name the last ch
 """
 
 import collections
+import itertools
+import math
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from idefics_jax.errors import UserError
 
@@ -15,14 +20,14 @@ from idefics_jax.errors import UserError
 HISTORY, ENOUGH = 100, 20
 # A spike is this many robust standard deviations above the usual loss, and this share of it.
 DEVIATIONS, LEAST_RISE = 6.0, 0.1
-# Far up: above the best mean of a window by this share of it, by this many nats and by this many of its standard
-# deviations; and above the first loss, of which there is only one, by this share and this many nats.
+# Far up: above the best mean by this share of it, by this many nats and by this many of the standard deviations that
+# noise gives the difference of a loss from it.
 FAR, FAR_NATS, FAR_DEVIATIONS = 0.5, 0.5, 2.0
-FAR_FROM_FIRST, FAR_NATS_FROM_FIRST = 1.0, 2.0
 # Share of a window that may be lower without the loss being down again, and what "on its way back" takes in a window.
 LOWER, WAY_BACK = 0.25, 0.02
-# Other data: at least this share of the documents comes from other sources than before.
-OTHER_DATA = 0.5
+# Other data: the shares of the sources differ by this part of what they could beyond chance. Chance is what two draws
+# from the same shares differ by, at most, in this part of so many pairs.
+OTHER_DATA, SURE, DRAWS = 0.5, 0.99, 200
 
 
 class Stopped(UserError):
@@ -68,7 +73,8 @@ class LossWatch:
     """Follows the loss of a run, step by step; its state is plain JSON and goes into checkpoints.
 
     What the loss has diverged from is the best that any window of `diverged_after` steps reached, so neither a slow
-    rise nor a long one is forgotten. Only a change of the data lets go of it: other sources, or other shares of them.
+    rise nor a long one is forgotten; the first window also counts while it grows, from the first loss on, so neither is
+    what a trained model began with. Only a change of the data lets go of it: other sources, or other shares of them.
     """
 
     def __init__(self, diverged_after: int, state: dict[str, Any] | None):
@@ -82,7 +88,7 @@ class LossWatch:
             "history": [],
             "spiking": False,
             "level": 0.0,
-            "limit": None,
+            "limit": sys.float_info.max,
             "up": 0,
             "began": -1,
             "documents": [],
@@ -92,14 +98,14 @@ class LossWatch:
         self._window = diverged_after
         self._history = collections.deque(state["history"], max(HISTORY, diverged_after))
         self._spiking: bool = state["spiking"]
-        # The best loss so far, and what is far above it; None before the first step.
+        # The best mean so far, and what is far above it.
         self._level: float = state["level"]
-        self._limit: float | None = state["limit"]
+        self._limit: float = state["limit"]
         # Steps that the loss has been far up, the first of them and that one's documents.
         self._up: int = state["up"]
         self._began: int = state["began"]
         self._documents: list[str] = list(state["documents"])
-        # Shares of the sources in the documents before that step, and since.
+        # How many documents of each source, about a window's before that step and all since.
         self._usual_sources: dict[str, float] = dict(state["usual_sources"])
         self._sources: dict[str, float] = dict(state["sources"])
 
@@ -149,24 +155,33 @@ class LossWatch:
 
     def _follow(self, step: int, loss: float, documents: Sequence[str]) -> None:
         """Counts the steps that the loss is far up, and judges it once they are enough."""
-        if self._limit is None:
-            self._level, self._limit = loss, loss + max(FAR_FROM_FIRST * loss, FAR_NATS_FROM_FIRST)
         if not self._up and loss > self._limit:
             self._began, self._documents, self._sources = step, list(documents), {}
         if self._up or loss > self._limit:
             self._up += 1
-            self._sources = _mixed(self._sources, documents, 1 / self._window)
+            self._sources = _counted(self._sources, documents, 1.0)
         else:
-            self._usual_sources = _mixed(self._usual_sources, documents, 1 / self._window)
+            self._usual_sources = _counted(self._usual_sources, documents, 1 - 1 / self._window)
         recent = list(self._history)[-self._window :]
         risen = recent[-self._up :] if self._up else []
         if sum(loss <= self._limit for loss in risen) > LOWER * len(risen):
             self._up = 0
         if self._up >= self._window:
             self._judge(recent)
-        if len(recent) == self._window:
-            mean, deviation = statistics.fmean(recent), statistics.pstdev(recent)
-            limit = mean + max(FAR * mean, FAR_NATS, FAR_DEVIATIONS * deviation)
+        self._set_limit(recent)
+
+    def _set_limit(self, recent: list[float]) -> None:
+        """Sets what is far above the last window, if it is the best; before there is one, above the best it began with.
+
+        The noise of one loss shows in those after it: what the first ones set is set anew until the window is full.
+        """
+        counts = [len(recent)]
+        if len(recent) < self._window:
+            self._limit, counts = sys.float_info.max, range(1, len(recent) + 1)
+        noise = _noise(recent)
+        for count in counts:
+            mean = statistics.fmean(recent[:count])
+            limit = mean + max(FAR * mean, FAR_NATS, FAR_DEVIATIONS * noise * math.sqrt(1 + 1 / count))
             if limit < self._limit:
                 self._level, self._limit = mean, limit
 
@@ -176,7 +191,7 @@ class LossWatch:
         before, after = statistics.median(recent[:middle]), statistics.median(recent[middle:])
         if after < (1 - WAY_BACK) * before:
             return
-        if _distance(self._usual_sources, self._sources) < OTHER_DATA:
+        if not _other_data(self._usual_sources, self._sources):
             raise Diverged(self._began, self._up, self._level, after, self._documents)
         print(
             f"the loss has been up since step {self._began}, {after:.3f} where it was {self._level:.3f}; the data "
@@ -184,19 +199,34 @@ class LossWatch:
             flush=True,
         )
         self._up, self._usual_sources = 0, self._sources
-        self._limit = float("inf")  # until this window sets it, in the same step
+        self._limit = sys.float_info.max  # until this window sets it, in the same step
 
 
-def _mixed(shares: Mapping[str, float], documents: Sequence[str], weight: float) -> dict[str, float]:
-    """Returns the shares of the sources, with those in these documents blended in by `weight`."""
-    counts = collections.Counter(name.partition("/")[0] for name in documents if "/" in name)
-    kept = {source: (1 - weight) * share for source, share in shares.items()}
-    return kept | {source: kept.get(source, 0.0) + weight * count / counts.total() for source, count in counts.items()}
+def _noise(losses: list[float]) -> float:
+    """Returns the standard deviation of losses about a level that may move, by how one differs from the next."""
+    steps = [(after - before) ** 2 for before, after in itertools.pairwise(losses)]
+    return math.sqrt(statistics.fmean(steps) / 2) if steps else 0.0
 
 
-def _distance(one: Mapping[str, float], other: Mapping[str, float]) -> float:
-    """Returns the share of documents that come from other sources, in [0, 1]; 0 where there are none to compare."""
-    totals = sum(one.values()), sum(other.values())
-    if not all(totals):
-        return 0.0
-    return sum(abs(one.get(name, 0.0) / totals[0] - other.get(name, 0.0) / totals[1]) for name in {*one, *other}) / 2
+def _counted(counts: Mapping[str, float], documents: Sequence[str], kept: float) -> dict[str, float]:
+    """Returns the documents of each source with these added; of the earlier ones a part is kept."""
+    new = collections.Counter(name.partition("/")[0] for name in documents if "/" in name)
+    return {name: kept * counts.get(name, 0.0) + new[name] for name in {**counts, **new}}
+
+
+def _other_data(before: Mapping[str, float], since: Mapping[str, float]) -> bool:
+    """Whether the documents of each source, before and since, show other shares of the sources.
+
+    Their distance is the share of documents that come from other sources (total variation). Few documents of many
+    sources are far apart by chance alone, up to having nothing in common; so what as many documents differ by that are
+    drawn from the shares of all together is taken off, as Cohen's kappa does.
+    """
+    counts = np.array([[part.get(name, 0.0) for name in {**before, **since}] for part in (before, since)])
+    sizes = counts.sum(axis=1)
+    if not sizes.round().all():
+        return False
+    draw, together = np.random.default_rng(0).multinomial, counts.sum(axis=0) / sizes.sum()
+    drawn = [draw(round(size), together, DRAWS) / round(size) for size in sizes]
+    chance = np.quantile(np.abs(drawn[0] - drawn[1]).sum(axis=1) / 2, SURE)
+    distance = np.abs(counts[0] / sizes[0] - counts[1] / sizes[1]).sum() / 2
+    return bool(distance > chance + OTHER_DATA * (1 - chance))

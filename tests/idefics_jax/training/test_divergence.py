@@ -61,6 +61,11 @@ NOISY_TWO = 2 + 0.05 * NOISE[:200]
         pytest.param(np.concatenate([[6.2, 6.5, 8, 12, 20, 30, 45], 60 + NOISE[:80]]), 4, id="before-it-has-learnt"),
         pytest.param(np.concatenate([NOISY_TWO, np.tile(np.linspace(40, 38, 50), 20)]), 200, id="falls-in-each-window"),
         pytest.param(np.concatenate([falling(300), 7 * np.exp(0.5 * NOISE[:150])]), 300, id="noisy"),
+        pytest.param(np.r_[2.0, np.full(60, 3.5)], 1, id="from-the-first-loss-of-a-trained-model"),
+        pytest.param(np.r_[2.0, 2.1, 1.9, np.full(60, 3.5)] * (1 + 0.1 * NOISE[:63]), 3, id="at-once-and-noisy"),
+        pytest.param(
+            np.r_[np.linspace(2, 3.5, 30), 3.5 + 0.1 * NOISE[:60]], 20, id="in-the-warm-up-of-a-trained-model"
+        ),
     ],
 )
 def test_what_was_learnt_and_lost_is_not_forgotten(losses, began):
@@ -78,6 +83,7 @@ def test_what_was_learnt_and_lost_is_not_forgotten(losses, began):
         pytest.param(falling(2000) * np.exp(0.5 * NOISE), id="small-batches"),
         pytest.param(np.where(NOISE > 0, 3.0, 0.1), id="easy-and-hard-batches"),
         pytest.param(0.05 * np.exp(0.7 * NOISE), id="nearly-nothing-left-to-learn"),
+        pytest.param(np.r_[1.0, 2 * np.exp(0.3 * NOISE)], id="an-easy-batch-first"),
         pytest.param(np.concatenate([falling(300), np.linspace(14, 9.2, 50), falling(100)]), id="on-its-way-back"),
     ],
 )
@@ -105,6 +111,22 @@ def test_other_shares_of_the_same_sources_count_as_other_data(hard_before, hard_
                 watch.see(step, 2.5, documents)
             return
         watch.see(step, 0.4 if step < 200 else 2.5, documents)
+
+
+@pytest.mark.parametrize(("documents", "window"), [(1, 20), (2, 20), (1, 50)])
+def test_chance_does_not_make_few_documents_of_many_sources_other_data(documents, window):
+    random = np.random.default_rng(0)
+    names = random.choice(50, p=random.dirichlet(np.full(50, 2.0)), size=(400, documents))
+
+    def see(source):
+        watch = LossWatch(window, None)
+        for step, numbers in enumerate(names):
+            name = source if step >= 300 else "set"
+            watch.see(step, 2.0 if step < 300 else 6.0, [f"{name}{number}/0" for number in numbers])
+
+    with pytest.raises(Diverged, match="it rose at step 300"):
+        see("set")
+    see("new")
 
 
 def test_without_a_limit_nothing_is_stopped():
