@@ -5,6 +5,8 @@ everything unfrozen diverge; a run should say so by itself, and name the last ch
 """
 
 import collections
+import copy
+import dataclasses
 import itertools
 import math
 import statistics
@@ -69,6 +71,25 @@ def named(documents: Sequence[str]) -> str:
     return ", ".join(documents[:8]) + more
 
 
+@dataclasses.dataclass
+class _Seen:
+    """What a watch knows: its state."""
+
+    # The last losses, and whether the last one was a spike.
+    history: list[float] = dataclasses.field(default_factory=list)
+    spiking: bool = False
+    # The best mean so far, and what is far above it.
+    level: float = 0.0
+    limit: float = sys.float_info.max
+    # Steps that the loss has been far up, the first of them and that one's documents.
+    up: int = 0
+    began: int = -1
+    documents: list[str] = dataclasses.field(default_factory=list)
+    # How many documents of each source, about a window's before that step and all since.
+    usual_sources: dict[str, float] = dataclasses.field(default_factory=dict)
+    sources: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
 class LossWatch:
     """Follows the loss of a run, step by step; its state is plain JSON and goes into checkpoints.
 
@@ -84,49 +105,17 @@ class LossWatch:
           diverged_after: steps that a loss must stay far up before the run is stopped; 0 never stops it.
           state: what `state()` returned, or None.
         """
-        state = state or {
-            "history": [],
-            "spiking": False,
-            "level": 0.0,
-            "limit": sys.float_info.max,
-            "up": 0,
-            "began": -1,
-            "documents": [],
-            "usual_sources": {},
-            "sources": {},
-        }
         self._window = diverged_after
-        self._history = collections.deque(state["history"], max(HISTORY, diverged_after))
-        self._spiking: bool = state["spiking"]
-        # The best mean so far, and what is far above it.
-        self._level: float = state["level"]
-        self._limit: float = state["limit"]
-        # Steps that the loss has been far up, the first of them and that one's documents.
-        self._up: int = state["up"]
-        self._began: int = state["began"]
-        self._documents: list[str] = list(state["documents"])
-        # How many documents of each source, about a window's before that step and all since.
-        self._usual_sources: dict[str, float] = dict(state["usual_sources"])
-        self._sources: dict[str, float] = dict(state["sources"])
+        self._seen = _Seen(**copy.deepcopy(state or {}))
 
     def state(self) -> dict[str, Any]:
         """Returns what another needs to go on."""
-        return {
-            "history": list(self._history),
-            "spiking": self._spiking,
-            "level": self._level,
-            "limit": self._limit,
-            "up": self._up,
-            "began": self._began,
-            "documents": self._documents,
-            "usual_sources": self._usual_sources,
-            "sources": self._sources,
-        }
+        return dataclasses.asdict(self._seen)
 
     @property
     def sound(self) -> int | None:
         """While the loss is far up, the last number of steps from before; otherwise None."""
-        return self._began - 1 if self._up else None
+        return self._seen.began - 1 if self._seen.up else None
 
     def see(self, step: int, loss: float, documents: Sequence[str]) -> None:
         """Takes a step's finite loss and the documents of its batch, "source/name"; prints a line when a spike begins.
@@ -135,38 +124,40 @@ class LossWatch:
           Diverged: the loss has stayed far up for `diverged_after` steps and is not on its way back.
         """
         self._tell_spike(step, loss, documents)
-        self._history.append(loss)
+        self._seen.history = [*self._seen.history, loss][-max(HISTORY, self._window) :]
         if self._window:
             self._follow(step, loss, documents)
 
     def _tell_spike(self, step: int, loss: float, documents: Sequence[str]) -> None:
-        known = list(self._history)[-HISTORY:]
+        seen = self._seen
+        known = seen.history[-HISTORY:]
         if len(known) < ENOUGH:
             return
         usual = statistics.median(known)
         deviation = 1.4826 * statistics.median(abs(before - usual) for before in known)
         spiking = loss > usual + max(DEVIATIONS * deviation, LEAST_RISE * usual)
-        if spiking and not self._spiking and not self._up:
+        if spiking and not seen.spiking and not seen.up:
             print(
                 f"loss spike at step {step}: {loss:.3f}, usually {usual:.3f}; its documents: {named(documents)}",
                 flush=True,
             )
-        self._spiking = spiking
+        seen.spiking = spiking
 
     def _follow(self, step: int, loss: float, documents: Sequence[str]) -> None:
         """Counts the steps that the loss is far up, and judges it once they are enough."""
-        if not self._up and loss > self._limit:
-            self._began, self._documents, self._sources = step, list(documents), {}
-        if self._up or loss > self._limit:
-            self._up += 1
-            self._sources = _counted(self._sources, documents, 1.0)
+        seen = self._seen
+        if not seen.up and loss > seen.limit:
+            seen.began, seen.documents, seen.sources = step, list(documents), {}
+        if seen.up or loss > seen.limit:
+            seen.up += 1
+            seen.sources = _counted(seen.sources, documents, 1.0)
         else:
-            self._usual_sources = _counted(self._usual_sources, documents, 1 - 1 / self._window)
-        recent = list(self._history)[-self._window :]
-        risen = recent[-self._up :] if self._up else []
-        if sum(loss <= self._limit for loss in risen) > LOWER * len(risen):
-            self._up = 0
-        if self._up >= self._window:
+            seen.usual_sources = _counted(seen.usual_sources, documents, 1 - 1 / self._window)
+        recent = seen.history[-self._window :]
+        risen = recent[-seen.up :] if seen.up else []
+        if sum(loss <= seen.limit for loss in risen) > LOWER * len(risen):
+            seen.up = 0
+        if seen.up >= self._window:
             self._judge(recent)
         self._set_limit(recent)
 
@@ -175,31 +166,33 @@ class LossWatch:
 
         The noise of one loss shows in those after it: what the first ones set is set anew until the window is full.
         """
+        seen = self._seen
         counts = [len(recent)]
         if len(recent) < self._window:
-            self._limit, counts = sys.float_info.max, range(1, len(recent) + 1)
+            seen.limit, counts = sys.float_info.max, range(1, len(recent) + 1)
         noise = _noise(recent)
         for count in counts:
             mean = statistics.fmean(recent[:count])
             limit = mean + max(FAR * mean, FAR_NATS, FAR_DEVIATIONS * noise * math.sqrt(1 + 1 / count))
-            if limit < self._limit:
-                self._level, self._limit = mean, limit
+            if limit < seen.limit:
+                seen.level, seen.limit = mean, limit
 
     def _judge(self, recent: list[float]) -> None:
         """Stops the run, unless the loss is on its way back or the data is other data, whose loss is its own."""
+        seen = self._seen
         middle = len(recent) // 2
         before, after = statistics.median(recent[:middle]), statistics.median(recent[middle:])
         if after < (1 - WAY_BACK) * before:
             return
-        if not _other_data(self._usual_sources, self._sources):
-            raise Diverged(self._began, self._up, self._level, after, self._documents)
+        if not _other_data(seen.usual_sources, seen.sources):
+            raise Diverged(seen.began, seen.up, seen.level, after, seen.documents)
         print(
-            f"the loss has been up since step {self._began}, {after:.3f} where it was {self._level:.3f}; the data "
+            f"the loss has been up since step {seen.began}, {after:.3f} where it was {seen.level:.3f}; the data "
             "changed, so this is taken for its usual",
             flush=True,
         )
-        self._up, self._usual_sources = 0, self._sources
-        self._limit = sys.float_info.max  # until this window sets it, in the same step
+        seen.up, seen.usual_sources = 0, seen.sources
+        seen.limit = sys.float_info.max  # until this window sets it, in the same step
 
 
 def _noise(losses: list[float]) -> float:
