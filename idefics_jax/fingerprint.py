@@ -13,24 +13,22 @@ import jax.numpy as jnp
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
+# A program for each shape, of which a model has few: trees come in many forms, and each would be compiled anew.
 @jax.jit
-def _sums(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    def of_leaf(leaf: jax.Array) -> jax.Array:
-        words = jax.lax.bitcast_convert_type(leaf, _WORDS[leaf.dtype.itemsize]).astype(jnp.uint32)
-        weights = jnp.zeros(words.shape, jnp.uint32)
-        stride = 1
-        for axis in reversed(range(words.ndim)):
-            weights += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride % 2**32)
-            stride *= words.shape[axis]
-        return jnp.sum(words * (2 * weights + 1), dtype=jnp.uint32)
-
-    return jax.tree.map(of_leaf, leaves)
+def _sum(leaf: jax.Array) -> jax.Array:
+    words = jax.lax.bitcast_convert_type(leaf, _WORDS[leaf.dtype.itemsize]).astype(jnp.uint32)
+    weights = jnp.zeros(words.shape, jnp.uint32)
+    stride = 1
+    for axis in reversed(range(words.ndim)):
+        weights += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= words.shape[axis]
+    return jnp.sum(words * (2 * weights + 1), dtype=jnp.uint32)
 
 
 def fingerprint(tree: Any) -> dict[str, int]:
     """Returns {path: sum} over the leaves of a tree of arrays of 1, 2 or 4 bytes an item."""
-    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-    return {path: int(value) for path, value in jax.device_get(_sums(leaves)).items()}
+    sums = {jax.tree_util.keystr(path): _sum(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    return {path: int(value) for path, value in jax.device_get(sums).items()}
 
 
 def changed(tree: Any, wanted: dict[str, int]) -> list[str]:
