@@ -10,8 +10,9 @@ faster is what we are compared with.
 On one core, a second is one of the side's CPU time: what a core gives that is not shared. On two it is the clock's,
 since transformers' workers are processes of their own. Ratios are medians over turns.
 
-The second table says where the time of a document goes, each step alone on one core. The pixels are those of
-images.resizer = simd; the last column is their mean difference from the reference's, in levels of 255.
+The second table says where the time of a document goes, each step on one core; beside the steps together stands what
+the whole pipeline takes on it. The pixels are those of images.resizer = simd; the last column is their mean difference
+from the reference's, in levels of 255.
 """
 
 import contextlib
@@ -141,7 +142,6 @@ def main() -> None:
             folder = Path(scratch) / str(megapixels)
             size, name = prepare(folder, megapixels), f"{megapixels:g}mp"
             spent, off = steps(folder), difference(folder)
-            where.append([name, *(spent[step] for step in STEPS), sum(spent.values()), off])
             numbers |= {f"pixel_difference_{name}": off} | {f"ms_{step}_{name}": spent[step] for step in STEPS}
             for pinned in {1: cores[:1], len(cores): cores}.values():
                 turns = race(folder, pinned, count)
@@ -154,6 +154,8 @@ def main() -> None:
                 key = f"{name}_{len(pinned)}"
                 numbers |= {f"images_over_transformers_{key}": ratios[0], f"images_over_bare_{key}": ratios[1]}
                 numbers |= {f"images_per_s_{key}": medians[0], f"host_memory_gib_{key}": gib}
+            whole = 1e3 / numbers[f"images_per_s_{name}_1"]
+            where.append([name, *(spent[step] for step in STEPS), sum(spent.values()), whole, off])
             print(f"{name}: done, load {os.getloadavg()[0]:.1f}", flush=True)
     for what in ("images_over_transformers", "images_over_bare"):
         numbers[what] = min(value for key, value in numbers.items() if key.startswith(what) and key.endswith("mp_1"))
@@ -162,7 +164,7 @@ def main() -> None:
     heads = ["photographs", "cores", *sides.SIDES, "over transformers", "over bare", "GiB"]
     report.print_table(heads, table)
     print("\nmilliseconds of a document")
-    report.print_table(["photographs", *STEPS, "together", "levels beside"], where)
+    report.print_table(["photographs", *STEPS, "together", "pipeline", "levels beside"], where)
     report.write_json(numbers)
 
 

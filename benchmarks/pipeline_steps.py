@@ -1,12 +1,14 @@
-"""Where the time of a document goes: each step of the pipeline over all photographs, alone and on one core.
+"""Where the time of a document goes: each step of the pipeline over all photographs, on one core.
 
 read     a record of a shard, taken out of msgpack
 encode   ids, and the image's size from its header
 pack     the choice of documents for each row
 decode   JPEG to pixels, the gate before it included
 resize   to the released sizes
-cut      into patches
-place    into the batch
+cut      into patches, in their places in a batch
+place    all else of a document into the batch
+
+What lies between the steps (the order of documents, their counts, Grain) is not among them.
 """
 
 import dataclasses
@@ -21,7 +23,7 @@ from benchmarks import pipeline_sides as sides
 from data_pipelines.packing import Pool, Sizes, pack_row
 from data_pipelines.records import RecordRows
 from idefics_jax import decoding, images, resize
-from idefics_jax.batch import Encoded, empty_batch, place_document
+from idefics_jax.batch import Batch, Encoded, empty_batch, patch_places, place_document
 from idefics_jax.documents import Image, Text
 
 STEPS = ("read", "encode", "pack", "decode", "resize", "cut", "place")
@@ -31,18 +33,20 @@ _ROWS = 40  # rows to pack
 def steps(folder: Path) -> dict[str, float]:
     """Returns the milliseconds of CPU time that each step takes of a document."""
     rows, processor = sides.records(folder), sides.processor_of(folder, resizer="simd")
-    spent: dict[str, float] = {}
-    for _ in range(2):  # the first time warms up
-        read = _each(spent, "read", lambda place: rows.row(*place), _places(rows))
-        parts = [(Image(row["image"]), Text(row["caption"])) for row in read]
-        encoded = _each(spent, "encode", lambda it: processor.encode(it, add_bos=True, add_eos=True), parts)
-        spent["pack"] = _pack([Sizes(len(it.tokens), (_count(it),)) for it in encoded])
-        stored = [row["image"] for row in read]
-        wanted = [images.resized_size(*images.image_size(data, sides.RULES), sides.RULES, 1.0) for data in stored]
-        pixels = _each(spent, "resize", _resized, _each(spent, "decode", _decoded, stored, wanted), wanted)
-        patches = _each(spent, "cut", lambda array: images.cut(array, sides.RULES.patch_size), pixels)
-        _place(spent, encoded, patches)
-    return spent
+    places, shape = _places(rows), sides.SHAPE
+    batches = [empty_batch(shape) for _ in range(-(-len(places) // (shape.rows * shape.vision_rows)))]
+    for _ in range(2):  # the first time warms up, and writes to pages that the system has zeroed
+        spent, encoded = dict.fromkeys(STEPS, 0.0), []
+        for place in places:
+            row = _timed(spent, "read", rows.row, *place)
+            parts = (Image(row["image"]), Text(row["caption"]))
+            encoded.append(_timed(spent, "encode", processor.encode, parts, add_bos=True, add_eos=True))
+        spent["pack"] = _pack([Sizes(len(it.tokens), (_count(it),)) for it in encoded]) * len(encoded)
+        for number, document in enumerate(encoded):
+            rest, vision_row = divmod(number, shape.vision_rows)
+            batch, row = divmod(rest, shape.rows)
+            _fill(spent, batches[batch], row, vision_row, document)
+    return {step: seconds / len(places) * 1e3 for step, seconds in spent.items()}
 
 
 def difference(folder: Path) -> float:
@@ -55,11 +59,35 @@ def difference(folder: Path) -> float:
     return worst
 
 
-def _each(spent: dict[str, float], step: str, run: Callable[..., Any], *columns: Sequence) -> list[Any]:
+def _timed(spent: dict[str, float], step: str, run: Callable[..., Any], *values: Any, **named: Any) -> Any:
     began = time.process_time()
-    made = [run(*values) for values in zip(*columns, strict=True)]
-    spent[step] = (time.process_time() - began) / len(made) * 1e3
+    made = run(*values, **named)
+    spent[step] += time.process_time() - began
     return made
+
+
+def _fill(spent: dict[str, float], batch: Batch, row: int, vision_row: int, document: Encoded) -> None:
+    """Writes a document into a row of a batch, where its image has a vision row of its own."""
+    (image,), slots = document.images, [(vision_row, 0)]
+    size = images.resized_size(*images.image_size(image.data, sides.RULES), sides.RULES, 1.0)
+    (patches,) = patch_places(batch, row, document.grids, slots)
+    pixels = _timed(spent, "decode", _decoded, image.data, size)
+    resized = _timed(spent, "resize", _resized, pixels, size)
+    _timed(spent, "cut", images.cut, resized, sides.RULES.patch_size, patches)
+    _timed(
+        spent,
+        "place",
+        place_document,
+        batch,
+        row,
+        encoded=document,
+        patches=None,
+        segment=1,
+        token_offset=0,
+        image_offset=0,
+        vision_slots=slots,
+        positions_per_side=sides.RULES.positions_per_side,
+    )
 
 
 def _places(rows: RecordRows) -> list[tuple[int, int]]:
@@ -82,33 +110,10 @@ def _resized(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _pack(sizes: Sequence[Sizes]) -> float:
-    """Returns the milliseconds that packing takes of a document; they go round and round."""
+    """Returns the seconds that packing takes of a document; they go round and round."""
     pool, placed, began = Pool(), 0, time.process_time()
     for row in range(_ROWS):
         while len(pool) < sides.LOOKAHEAD:
             pool.add(None, sizes[(placed + len(pool)) % len(sizes)])
         placed += len(pack_row(pool, sides.SHAPE, rounds=sides.ROUNDS, rng=np.random.default_rng(row)))
-    return (time.process_time() - began) / placed * 1e3
-
-
-def _place(spent: dict[str, float], encoded: list[Encoded], patches: list[np.ndarray]) -> None:
-    """Places each document in a vision row of its own, in batches as training makes them."""
-    shape = sides.SHAPE
-    batches = [empty_batch(shape) for _ in range(-(-len(encoded) // (shape.rows * shape.vision_rows)))]
-
-    def place(index: int, document: Encoded, cut: np.ndarray) -> None:
-        rest, vision_row = divmod(index, shape.vision_rows)
-        batch, row = divmod(rest, shape.rows)
-        place_document(
-            batches[batch],
-            row,
-            encoded=document,
-            patches=[cut],
-            segment=1,
-            token_offset=0,
-            image_offset=0,
-            vision_slots=[(vision_row, 0)],
-            positions_per_side=sides.RULES.positions_per_side,
-        )
-
-    _each(spent, "place", place, range(len(encoded)), encoded, patches)
+    return (time.process_time() - began) / placed
