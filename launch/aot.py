@@ -49,6 +49,15 @@ _IN_FULL = flags.DEFINE_boolean("trained_in_full", False, "train every parameter
 _FULL_ROWS = flags.DEFINE_boolean("full_rows", False, "take rows as full of one document and one image a vision row")
 
 LISTED = 8  # collectives printed one by one
+# What a search tries that the backward pass keeps, of the decoder and of what works on images: most first.
+KEPT = (
+    ("none", "none"),
+    ("linear", "linear"),
+    ("linear", "attention"),
+    ("linear", "full"),
+    ("attention", "attention"),
+    ("full", "full"),
+)
 # What the recipes' partition becomes where everything trains.
 IN_FULL = {"partition": ((".*", "trainable", 1.0, 0.1),), "lora": {}, "new_rows": 0, "quantize": ()}
 
@@ -158,16 +167,15 @@ def unfit(error: DoesNotFit) -> dict[str, float]:
 def print_collectives(collectives: tuple[Collective, ...]) -> None:
     """Prints the sums of each kind, and the few that move most."""
     rows = []
-    for kind in program.KINDS:
+    for kind in KINDS:
         own = [one for one in collectives if one.kind == kind]
         if own:
             total, times = sum(one.bytes * one.count for one in own), sum(one.count for one in own)
             rows.append([f"{kind}, all", total / 2**20, times, "", ""])
     for one in collectives[:LISTED]:
         shape = one.shape if len(one.shape) < 60 else f"{one.shape[:56]} ..."
-        beside = "yes" if one.hidden else "no"
-        rows.append([f"{one.kind} of {shape}", one.bytes * one.count / 2**20, one.count, one.devices, beside])
-    print_table(["", "MiB", "times", "devices", "beside computation"], rows)
+        rows.append([f"{one.kind} of {shape}", one.bytes * one.count / 2**20, one.count, one.devices, one.beside or ""])
+    print_table(["", "MiB", "times", "devices", "cycles beside each"], rows)
 
 
 def check(values: Any, slice_name: str, *, rows: Rows | None, dump_to: str | None) -> dict[str, float]:
@@ -197,28 +205,27 @@ def search(values: Any, slice_name: str, arguments: list[str]) -> dict[str, floa
     mesh = sharding.make_mesh(config.mesh, program.slice_devices(slice_name))
     share = device_rows(mesh, config.data.shape.rows)
     found = {}
-    for policy in REMAT_POLICIES:
-        largest = doubled(lambda rows, policy=policy: _peak(arguments, policy, rows) if rows <= share else None)
-        found |= {policy: largest} if largest else {}
+    for kept in KEPT:
+        largest = doubled(lambda rows, kept=kept: _peak(arguments, kept, rows) if rows <= share else None)
+        found |= {kept: largest} if largest else {}
     print()
     print_table(
-        ["remat", "rows a device", "peak GiB", "overrides"],
-        [
-            [policy, rows, gib(peak), f"--config.remat={policy} --config.rows_a_device={rows}"]
-            for policy, (rows, peak) in found.items()
-        ],
+        ["remat", "vision_remat", "rows_a_device", "peak GiB"],
+        [[*kept, rows, gib(peak)] for kept, (rows, peak) in found.items()],
     )
-    return {f"rows_a_device_{policy}": rows for policy, (rows, _) in found.items()}
+    return {f"rows_a_device_{'_'.join(kept)}": rows for kept, (rows, _) in found.items()}
 
 
-def _peak(arguments: list[str], policy: str, rows: int) -> int | None:
+def _peak(arguments: list[str], kept: tuple[str, str], rows: int) -> int | None:
     """Returns the peak bytes of a step with other settings, or None where it does not fit; says which."""
+    settings = {"remat": kept[0], "vision_remat": kept[1], "rows_a_device": rows}
+    said = ", ".join(f"{name} {value}" for name, value in settings.items())
     try:
-        peak, _ = memory([*arguments, f"--config.remat={policy}", f"--config.rows_a_device={rows}"])
+        peak, _ = memory([*arguments, *(f"--config.{name}={value}" for name, value in settings.items())])
     except DoesNotFit as error:
-        print(f"remat {policy!r}, {rows} rows a device: {error}", flush=True)
+        print(f"{said}: {error}", flush=True)
         return None
-    print(f"remat {policy!r}, {rows} rows a device: {gib(peak):.2f} GiB", flush=True)
+    print(f"{said}: {gib(peak):.2f} GiB", flush=True)
     return peak
 
 

@@ -8,7 +8,7 @@ from idefics_jax import sharding
 from idefics_jax.batch import batch_spec
 from idefics_jax.training.config import TrainConfig
 from idefics_jax.training.plan import Plan, plan
-from idefics_jax.training.run import make_step
+from idefics_jax.training.run import jitted, make_step
 from launch import estimate, kernels, program, slices
 from launch.chips import CHIPS
 from launch.estimate import Estimate
@@ -48,8 +48,8 @@ def compile_step(config: TrainConfig, slice_name: str, *, dump_to: str | None) -
     with sharding.use_mesh(mesh, rules):
         step = make_step(config, planned.sizes, planned.optimizer, mesh)
         places = jax.tree.map(lambda x: x.sharding, state)
-        options = program.OPTIONS | ({"xla_dump_to": dump_to, "xla_dump_hlo_as_text": True} if dump_to else {})
-        traced = jax.jit(step, donate_argnums=0, out_shardings=(places, None)).trace(state, frozen, batch)
+        options = {"xla_dump_to": dump_to, "xla_dump_hlo_as_text": True} if dump_to else {}
+        traced = jitted(step, places, mesh).trace(state, frozen, batch)
         return Compiled(planned, program.compiled_cost(traced.lower(), options), traced_flops(traced.jaxpr))
 
 

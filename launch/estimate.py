@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Iterable
 
 from launch.chips import CHIPS
-from launch.program import Collective, Cost, Operation
+from launch.collectives import Collective
+from launch.program import Cost, Operation
 from launch.slices import Slice
 
 # What stands in an operation's name, and what it belongs to: the first that is found.
@@ -70,13 +71,14 @@ def by_part(operations: Iterable[Operation]) -> dict[tuple[str, str], tuple[int,
 
 
 def exposed_seconds(cost: Cost, where: Slice) -> float:
-    """Returns the time of the collectives during which nothing computes, one after the other."""
-    return sum(one.count * collective_seconds(one, where) for one in cost.collectives if not one.hidden)
+    """Returns the time in which collectives run, one after the other, and nothing computes."""
+    clock = CHIPS[where.generation].clock
+    return sum(one.count * max(collective_seconds(one, where) - one.beside / clock, 0) for one in cost.collectives)
 
 
 def hidden_seconds(cost: Cost, where: Slice) -> float:
-    """Returns the time of the collectives that run beside computation."""
-    return sum(one.count * collective_seconds(one, where) for one in cost.collectives if one.hidden)
+    """Returns the time in which collectives run beside computation."""
+    return sum(one.count * collective_seconds(one, where) for one in cost.collectives) - exposed_seconds(cost, where)
 
 
 def collective_seconds(one: Collective, where: Slice) -> float:

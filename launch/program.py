@@ -8,7 +8,6 @@ which are therefore listed apart: collectives, and kernels of our own (Pallas).
 import collections
 import dataclasses
 import functools
-import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ import jax
 from idefics_jax.errors import UserError
 from launch import slices
 from launch.chips import CHIPS
+from launch.collectives import FUSED, Collective, collectives_of
 
 # Several processes may compile at once, and none looks for a TPU's metadata server.
 _ENVIRONMENT = {
@@ -35,12 +35,6 @@ _LIBTPU = {
     "v5p": {"prefix": "v5"},
 }
 _HOST_BOUNDS = {4: (2, 2, 1), 8: (2, 4, 1)}
-# Of a training step, as LIBTPU_INIT_ARGS sets them where it runs. Without it a product cut over devices becomes a loop
-# of permutations around the ring of each axis.
-OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
-
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}
 
 
 def wraps(one: slices.Slice) -> tuple[bool, bool, bool]:
@@ -89,27 +83,6 @@ class DoesNotFit(UserError):
         super().__init__(f"it does not fit: {said}")
         found = re.search(r"(?:Used|requirement?s? \(|temporaries \()\s*([\d.]+)([KMGT])", said)
         self.bytes_wanted = float(found[1]) * 1024 ** " KMGT".index(found[2]) if found else None
-
-
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """Collectives of one kind and size in a program.
-
-    Attributes:
-      kind: one of KINDS.
-      shape: of what each device ends with, as in bf16[64,4096], or several of them.
-      bytes: of that.
-      devices: how many take part in each.
-      count: how often it is done, loops multiplied out.
-      hidden: whether others compute meanwhile.
-    """
-
-    kind: str
-    shape: str
-    bytes: int
-    devices: int
-    count: int
-    hidden: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,16 +216,9 @@ class Text:
         """Returns what passes between devices, equal ones together, the most bytes first."""
         found: collections.Counter = collections.Counter()
         for name, runs in self._runs.items():
-            for line in self._lines[name]:
-                made = re.search(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(", line)
-                if made:
-                    shape = _result(made[1], started=bool(made[3]))
-                    hidden = bool(made[3]) or name in self._asynchronous
-                    size, group, kind = _size(shape), _group(line), made[2]
-                    if kind == "all-reduce" and "reduce-scatter" in name:  # of which each device cuts its part at once
-                        kind, size = "reduce-scatter", size // group
-                    found[(kind, shape, size, group, hidden)] += runs
-        every = [Collective(*key[:4], count=count, hidden=key[4]) for key, count in found.items()]
+            for one in collectives_of(self._lines[name], self._lines) if name not in self._fused else ():
+                found[one] += runs
+        every = [dataclasses.replace(one, count=count) for one, count in found.items()]
         return tuple(sorted(every, key=lambda one: -one.bytes * one.count))
 
     def kernels(self) -> tuple[Kernel, ...]:
@@ -268,7 +234,6 @@ class Text:
     def _count_runs(self) -> dict[str, int]:
         """Returns how often each computation runs that is reached from the entry; also finds those within fusions."""
         self._fused: set[str] = set()
-        self._asynchronous: set[str] = set()
         runs: collections.Counter = collections.Counter()
 
         def visit(name: str, times: int, fused: bool) -> None:
@@ -295,11 +260,9 @@ class Text:
             # One of them runs; the dearest is taken.
             names = [branch.strip().lstrip("%") for branch in branches[1].split(",")]
             yield max(names, key=self._own_cycles), 1, False
-        fused = re.search(r"\b(fusion|async-start)\(.*calls=%?([\w.\-]+)", line)
+        fused = re.search(FUSED, line)
         if fused:
-            if fused[1] == "async-start":
-                self._asynchronous.add(fused[2])
-            yield fused[2], 1, True
+            yield fused[1], 1, True
 
     @functools.cache  # noqa: B019 - one text at a time
     def _own_cycles(self, name: str) -> int:
@@ -320,31 +283,6 @@ def _trips(line: str, condition: list[str]) -> int:
     if not noted and len(bounds) != 1:
         raise ValueError(f"the number of trips of a loop cannot be told from its condition: {condition}")
     return int(noted[1]) if noted else bounds[0]
-
-
-def _result(types: str, *, started: bool) -> str:
-    """Returns the shapes that a collective leaves; one that is only started lists its operands first."""
-    shapes = re.findall(r"[a-z]+\d*\[[\d,]*\]", types)
-    return ", ".join(shapes[len(shapes) // 2 :][:1] if started and len(shapes) > 1 else shapes)
-
-
-def _size(shapes: str) -> int:
-    return sum(
-        _BYTES.get(kind, 4) * math.prod(int(side) for side in sides.split(",") if side)
-        for kind, sides in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shapes)
-    )
-
-
-def _group(line: str) -> int:
-    """Returns how many devices a collective runs among."""
-    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
-        return listed[1].count(",") + 1
-    if tiled := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
-        return int(tiled[2])
-    if meshed := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(.*?\))? \{([^}]*)\}", line):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", meshed[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", meshed[2]))
-    return 2 if "source_target_pairs" in line else 1
 
 
 def _computations(program: str) -> tuple[dict[str, list[str]], str]:

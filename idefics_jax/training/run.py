@@ -23,6 +23,15 @@ from idefics_jax.training.initial import initial_params, load_processor, model_c
 from idefics_jax.training.optimizer import make_optimizer, peak_rates
 from idefics_jax.training.step import init_state, make_train_step, state_axes
 
+# Flags of the TPU's compiler. Without the first, a product cut over devices becomes a loop of permutations around the
+# ring of each axis. With the others parameters are gathered while something else is computed, as on v5e by default.
+TPU_OPTIONS = {
+    "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
+    "xla_enable_async_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -148,6 +157,12 @@ def make_step(
     )
 
 
+def jitted(step: Callable, places: Any, mesh: Mesh) -> Callable:
+    """Returns a step as it is compiled for a mesh: the state, whose shardings are `places`, gives up its memory."""
+    options = TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else None
+    return jax.jit(step, donate_argnums=0, out_shardings=(places, None), compiler_options=options)
+
+
 def assemble(config: TrainConfig, mesh: Mesh) -> tuple[Run, dict[str, Any], dict[str, Any]]:
     """Builds everything a run needs, inside `sharding.use_mesh`.
 
@@ -195,7 +210,7 @@ def assemble(config: TrainConfig, mesh: Mesh) -> tuple[Run, dict[str, Any], dict
         layout=sharding.table(mesh, flat_shapes, flat_axes, rules),
         abstract_state=with_shardings(state_shapes, state_places),
         abstract_frozen=with_shardings(frozen, frozen_places),
-        step=jax.jit(step, donate_argnums=0, out_shardings=(state_places, None)),
+        step=jitted(step, state_places, mesh),
     )
     return run, trainable, frozen
 

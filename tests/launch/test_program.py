@@ -7,6 +7,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from idefics_jax import sharding
 from idefics_jax.errors import UserError
+from idefics_jax.training.run import jitted
 from launch import program
 
 PROGRAM = """\
@@ -71,6 +72,63 @@ def test_what_does_not_fit_is_said_in_a_sentence():
 def test_an_unknown_slice_is_refused_with_those_there_are():
     with pytest.raises(UserError, match="slice 'v5p-7' is unknown; choose one of v4-8"):
         program.slice_devices("v5p-7")
+
+
+# What a gather is in a program that runs it beside two products: its start, two pieces and its done hold it alike.
+IN_PIECES = """\
+HloModule jit_f
+
+%start (p: bf16[64,8]) -> bf16[64,128] {
+  %gather.1 = bf16[64,128]{1,0} all-gather(%p), channel_id=3, replica_groups=[4,16]<=[64], dimensions={1}
+  ROOT %begun = bf16[64,128]{1,0} custom-call(%gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%piece (p: bf16[64,8]) -> bf16[64,128] {
+  ROOT %gather.2 = bf16[64,128]{1,0} all-gather(%p), channel_id=3, replica_groups=[4,16]<=[64], dimensions={1}
+}
+
+%done (p: bf16[64,8]) -> bf16[64,128] {
+  %gather.3 = bf16[64,128]{1,0} all-gather(%p), channel_id=3, replica_groups=[4,16]<=[64], dimensions={1}
+  ROOT %ended = bf16[64,128]{1,0} custom-call(%gather.3), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (x: bf16[64,8]) -> bf16[64,128] {
+  %a = bf16[64,128]{1,0} fusion(%x), kind=kLoop, calls=%start
+  %b = bf16[64,128]{1,0} fusion(%a), kind=kOutput, calls=%piece, backend_config={"estimated_cycles":"300"}
+  %between = bf16[64,128]{1,0} add(%a, %a), backend_config={"estimated_cycles":"1000"}
+  %c = bf16[64,128]{1,0} fusion(%b), kind=kOutput, calls=%piece, backend_config={"estimated_cycles":"40"}
+  %d = bf16[64,128]{1,0} fusion(%c), kind=kLoop, calls=%done, backend_config={"estimated_cycles":"2"}
+  %sent = (bf16[64]{0}, bf16[64]{0}) collective-permute-start(%d), channel_id=4, source_target_pairs={{0,1}}
+  %e = bf16[64]{0} add(%d, %d), backend_config={"estimated_cycles":"7"}
+  %got = bf16[64]{0} collective-permute-done(%sent)
+  ROOT %last = bf16[64,1024]{1,0} all-gather(%got), channel_id=5, replica_groups=[4,16]<=[64], dimensions={1}
+}
+"""
+
+
+def test_a_collective_in_pieces_counts_once_with_the_cycles_of_what_carries_it_on():
+    found = {
+        (one.kind, one.bytes, one.devices): (one.count, one.beside) for one in program.Text(IN_PIECES).collectives()
+    }
+    assert found == {
+        ("all-gather", 64 * 1024 * 2, 16): (1, 0),
+        ("all-gather", 64 * 128 * 2, 16): (1, 342),
+        ("collective-permute", 64 * 2, 2): (1, 7),
+    }
+
+
+def test_on_a_tpu_a_step_gathers_the_next_kernels_while_it_multiplies():
+    mesh = sharding.make_mesh({"data": -1, "fsdp": 16}, program.slice_devices("v5p-128"))
+    rows, cut = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((("data", "fsdp"),), (None, "fsdp")))
+    x = jax.ShapeDtypeStruct((mesh.size * 2, 512, 1024), jnp.bfloat16, sharding=rows)
+    kernels = [jax.ShapeDtypeStruct((4, 1024, 1024), jnp.bfloat16, sharding=cut)] * 2
+
+    def step(x, kernels, batch):
+        return jax.lax.scan(lambda y, pair: (jnp.tanh(jnp.tanh(y @ pair[0]) @ pair[1]), None), x, kernels)[0], batch
+
+    cost = program.compiled_cost(jitted(step, rows, mesh).lower(x, kernels, jnp.ones(())), {})
+    gathered = {one.beside > 0: one.count for one in cost.collectives if one.kind == "all-gather"}
+    assert gathered == {True: 4, False: 4}, "a layer's second kernel comes beside its first product"
 
 
 def test_collectives_are_told_with_their_groups_and_what_each_device_ends_with():
