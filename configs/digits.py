@@ -43,7 +43,7 @@ def get_config(adaptation: str = "full") -> ConfigDict:
     )
     config.dtype = "float32"
     config.frozen_dtype = "float32"
-    config.remat = "none"
+    config.remat = config.vision_remat = "none"
     config.loss_chunk = 64  # of 256 tokens: 2 % slower than all logits at once
     config.rows_a_device = 64
     config.partition = (

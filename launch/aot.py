@@ -1,7 +1,7 @@
 """Compiles a recipe's training step for a TPU slice without one: whether it fits, and how fast it could be.
 
     python -m launch.aot --config configs/idefics2_8b/stage2.py --slice v5e-256 [--json FILE]
-    python -m launch.aot --config configs/idefics2_8b/stage2.py --slice v5e-256 --config.remat=linear
+    python -m launch.aot --config configs/idefics2_8b/stage2.py --slice v5e-256 --config.vision_remat=linear
     python -m launch.aot --config configs/idefics2_8b/stage2.py --slice v5e-256 --search
 
 The step is the one that training runs, with its mesh, shardings and donation, compiled by the slice's own compiler
@@ -9,7 +9,7 @@ The step is the one that training runs, with its mesh, shardings and donation, c
 blocks they compute (kernels.py), and that of collectives which nothing hides. MFU counts what the algorithm needs for
 real tokens and patches (flops.py), HFU what the program does. `--trained_in_full` compiles the same step with every
 parameter trained, as published figures are. `--fits_only` stops at memory and collectives: most of the compiler's time
-goes into code that nothing here runs. `--search` so tries the remat policies, cheapest first, with ever more rows a
+goes into code that nothing here runs. `--search` so tries remat policies, cheapest first, with ever more rows a
 device at once. No weight or data is read: documents have the sizes of launch/stage_mixes.py, or with `--full_rows`
 fill their rows.
 """
@@ -28,15 +28,15 @@ from absl import flags
 from idefics_jax import commands, sharding
 from idefics_jax.batch import BatchShape
 from idefics_jax.errors import UserError
-from idefics_jax.stack import REMAT_POLICIES
 from idefics_jax.training.config import TrainConfig
 from idefics_jax.training.run import device_rows
 from launch import calibration, estimate, kernels, program, slices
 from launch.chips import CHIPS
+from launch.collectives import KINDS, Collective
 from launch.compiled_step import Compiled, compile_step, estimated
 from launch.estimate import gib
 from launch.flops import Trained, step_flops
-from launch.program import Collective, DoesNotFit
+from launch.program import DoesNotFit
 from launch.report import print_table, write_json
 from launch.slice_flag import SLICE
 from launch.workload import Rows, full_rows, packed_rows
@@ -196,7 +196,7 @@ def check(values: Any, slice_name: str, *, rows: Rows | None, dump_to: str | Non
 
 
 def search(values: Any, slice_name: str, arguments: list[str]) -> dict[str, float]:
-    """Finds for each remat policy, the one that recomputes least first, the most rows a device that fit at once.
+    """Finds for remat policies, those that recompute least first, the most rows a device that fit at once.
 
     Rows are doubled until a step does not fit or a device takes its whole share of the batch. Prints and returns what
     was found; `arguments` are those of this command.

@@ -69,7 +69,7 @@ def decoder(published: Published) -> ConfigDict:
         {"vocab_size": 32_000, "intermediate_size": 11_008, "num_key_value_heads": 32, "sliding_window": None}
     )
     config.partition = (("text_model/.*", "trainable", 1.0, 0.1), (".*", "frozen"))
-    config.remat = "linear"  # all three kept the products
+    config.remat = config.vision_remat = "linear"  # all three kept the products
     config.rows_a_device = published.rows
     config.mesh = {"data": -1, "fsdp": published.fsdp}
     rows = published.rows * slices.find(published.slice).chips

@@ -32,9 +32,9 @@ IMAGE_SIDE = 27  # patches: what 378 to 384 pixels hold
 # What each chip has memory for, of 64 v4 and v5p and 256 v5e (launch.aot --search): the policy that recomputes least,
 # and the most rows at once.
 ROOM = {
-    "v4": {"remat": "linear", "rows_a_device": 1},
-    "v5e": {"remat": "attention", "rows_a_device": 1},
-    "v5p": {"remat": "linear", "rows_a_device": 4},
+    "v4": {"remat": "linear", "vision_remat": "linear", "rows_a_device": 1},
+    "v5e": {"remat": "attention", "vision_remat": "attention", "rows_a_device": 1},
+    "v5p": {"remat": "linear", "vision_remat": "linear", "rows_a_device": 4},
 }
 RESIZER = "simd"  # ours: a quarter of the time, at most one level of 255 beside the reference in 3 values of 100
 
@@ -67,7 +67,7 @@ def get_config(chip: str = "") -> ConfigDict:
     config.dtype = "bfloat16"  # code
     # Ours: adapters are merged into the base between stages, and bfloat16 would round most of what they add away.
     config.frozen_dtype = "float32"
-    config.remat = "full"  # code: gradient checkpointing
+    config.remat = config.vision_remat = "full"  # code: gradient checkpointing
     config.loss_chunk = 512  # ours
     config.rows_a_device = 1  # ours: what every slice has room for; the batch is `data.shape.rows`
     config.partition = partition()

@@ -41,7 +41,8 @@ class Idefics2(nn.Module):
     Attributes:
       config: sizes.
       dtype: dtype of the arithmetic; parameters keep their own.
-      remat: what the backward pass keeps, a name in stack.REMAT_POLICIES.
+      remat: what the backward pass keeps of the decoder, a name in stack.REMAT_POLICIES.
+      vision_remat: and of the vision encoder and the connector.
       unroll: whether the decoder's layers run unrolled, as generate does for a token at a time.
       neftune_alpha: strength of the noise on embeddings, where the caller gives a "neftune" key; 0 for none.
     """
@@ -49,13 +50,14 @@ class Idefics2(nn.Module):
     config: Idefics2Config
     dtype: Dtype = jnp.float32
     remat: str = "none"
+    vision_remat: str = "none"
     unroll: bool = False
     neftune_alpha: float = 0.0
 
     def setup(self):
         config = self.config
-        self.vision_model = Siglip(config.vision_config, self.dtype, self.remat)
-        self.connector = PerceiverConnector(config, self.dtype, self.remat)
+        self.vision_model = Siglip(config.vision_config, self.dtype, self.vision_remat)
+        self.connector = PerceiverConnector(config, self.dtype, self.vision_remat)
         text, tie = config.text_config, config.tie_word_embeddings
         self.text_model = Mistral(text, tie, self.dtype, self.remat, self.unroll)
 

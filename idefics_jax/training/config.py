@@ -57,7 +57,8 @@ class TrainConfig:
       init_std: (pattern, standard deviation) of random weights that deviate from the parts' own.
       dtype: of the arithmetic; trained parameters are float32 whatever this says.
       frozen_dtype: of frozen parameters.
-      remat: what the backward pass keeps, a name in stack.REMAT_POLICIES.
+      remat: what the backward pass keeps of the decoder, a name in stack.REMAT_POLICIES.
+      vision_remat: and of what works on images, whose many short layers fill memory sooner.
       loss_chunk: positions whose logits exist at once.
       rows_a_device: the most rows that a device takes at once; what its share of a batch has more follows, and the
         gradients are summed. So one config suits slices of any size.
@@ -91,6 +92,7 @@ class TrainConfig:
     dtype: str
     frozen_dtype: str
     remat: str
+    vision_remat: str
     loss_chunk: int
     rows_a_device: int
     partition: tuple[Rule, ...]
@@ -116,6 +118,7 @@ class TrainConfig:
             ("dtype", DTYPES),
             ("frozen_dtype", DTYPES),
             ("remat", REMAT_POLICIES),
+            ("vision_remat", REMAT_POLICIES),
             ("sharding", RULES),
             ("grow_vocabulary", ("none", *vocabulary.STARTS)),
         ):

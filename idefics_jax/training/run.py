@@ -135,7 +135,13 @@ def micro_batches(rows: int, most: int) -> int:
 
 def make_model(config: TrainConfig, sizes: Idefics2Config) -> Idefics2:
     """Returns the module that a run trains."""
-    return Idefics2(sizes, dtype=jnp.dtype(config.dtype), remat=config.remat, neftune_alpha=config.neftune_alpha)
+    return Idefics2(
+        sizes,
+        dtype=jnp.dtype(config.dtype),
+        remat=config.remat,
+        vision_remat=config.vision_remat,
+        neftune_alpha=config.neftune_alpha,
+    )
 
 
 def make_step(

@@ -107,7 +107,7 @@ def test_a_chip_changes_how_a_recipe_is_computed_and_nothing_that_it_learns(name
     plain, fitted = (RECIPES[name].get_config(*argument).to_dict() for argument in ((), (chip,)))
     TrainConfig.from_config_dict(fitted)
     differ = {key for key in plain if plain[key] != fitted[key]}
-    assert differ <= {"remat", "rows_a_device", "frozen_dtype"}
+    assert differ <= {"remat", "vision_remat", "rows_a_device", "frozen_dtype"}
 
 
 def test_an_unknown_chip_is_refused_by_name():

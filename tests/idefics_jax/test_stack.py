@@ -88,7 +88,7 @@ def program(remat: str, depth: int) -> str:
         perceiver_config=dataclasses.replace(tiny.CONFIG.perceiver_config, resampler_depth=depth),
         text_config=dataclasses.replace(tiny.CONFIG.text_config, num_hidden_layers=depth),
     )
-    model = Idefics2(config, remat=remat)
+    model = Idefics2(config, remat=remat, vision_remat=remat)
     grad = jax.grad(lambda params, batch: jnp.sum(model.apply({"params": params}, batch)[0]))
     return jax.jit(grad).lower(param_shapes(config), batch_spec(tiny.SHAPE)).as_text()
 
