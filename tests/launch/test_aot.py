@@ -1,5 +1,7 @@
 """A recipe's step, at a tiny size, compiled for a slice of each generation; and one that must not fit."""
 
+import collections
+
 import pytest
 
 from configs.idefics2_8b import stage1
@@ -47,11 +49,19 @@ def test_a_step_that_does_not_fit_is_told_with_what_it_wants(capsys):
     assert "it does not fit" in capsys.readouterr().out
 
 
+def moved(collectives):
+    """What passes between devices, whatever it runs beside: cycles are not told before there is code."""
+    counts = collections.Counter()
+    for one in collectives:
+        counts[one.kind, one.shape, one.devices] += one.count
+    return counts
+
+
 def test_what_the_compiler_writes_as_it_goes_tells_memory_and_collectives(tmp_path):
     config = recipe(8)
     compiled = aot.compile_step(aot.TrainConfig.from_config_dict(config.to_dict()), "v5e-8", dump_to=str(tmp_path))
     peak, collectives = program.dumped(tmp_path, "jit_step")
     # It counts constants and what calls take, a page at least each; of a large program both are nothing.
     assert compiled.cost.peak_bytes <= peak < compiled.cost.peak_bytes + 2**21
-    assert collectives == compiled.cost.collectives
+    assert moved(collectives) == moved(compiled.cost.collectives)
     assert program.dumped(tmp_path, "jit_other") is None
