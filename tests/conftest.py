@@ -9,8 +9,7 @@ from pathlib import Path
 # for the processes that tests start too.
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false "
-    "--xla_cpu_parallel_codegen_split_count=1",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false",
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Many tests compile the same program; so do the processes they start.
@@ -25,7 +24,14 @@ from idefics_jax.images import ImageRules  # noqa: E402
 from idefics_jax.processor import Processor  # noqa: E402
 from idefics_jax.tokenizer import Tokenizer  # noqa: E402
 
+# Files that take longest, started first so that the last minutes do not belong to one process alone.
+SLOW = ("sharding", "recipes", "loop", "processes", "sweep", "adapted_run", "divergence", "idefics2", "aot", "step")
 MISTRAL_SHA256 = "dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055"
+
+
+def pytest_collection_modifyitems(items):
+    slow = {f"test_{name}.py": place for place, name in enumerate(SLOW)}
+    items.sort(key=lambda item: slow.get(item.path.name, len(slow)))
 
 
 @pytest.fixture(scope="session")
