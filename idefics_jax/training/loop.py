@@ -237,15 +237,18 @@ def stopped_message(stopped: Stopped, checkpoints: Checkpoints) -> UserError:
 
 
 def finish(run: Run, state: Any, frozen: Any, data: grain.DatasetIterator, workdir: epath.Path) -> None:
-    """Writes the trained model, its adapter alone if it has one, where the data stands, the curve and the summary."""
+    """Writes the trained model, its adapter alone if it has one, where the data stands, the curve and the summary.
+
+    The summary comes last: who finds it takes the run as finished.
+    """
     (workdir / position.FOLDER).mkdir(exist_ok=True)
     position.write(workdir / position.FOLDER, data, first_process=processes.first())
     save_model(workdir / "model", run.final_params(state["trainable"], frozen), run.model_config, run.processor)
+    if run.config.lora:
+        write_adapter(run, state["trainable"], frozen, workdir / ADAPTER_IN_WORKDIR)
     if processes.first():
         draw_curves(workdir)
         write_summary(workdir, state["trainable"], frozen)
-    if run.config.lora:
-        write_adapter(run, state["trainable"], frozen, workdir / ADAPTER_IN_WORKDIR)
     print(f"trained: model in {workdir / 'model'}, loss curve in {workdir / 'loss.png'}", flush=True)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from idefics_jax.buckets import write_whole
 from idefics_jax.training.writers import read_metrics
 
 SUMMARY_FILE = "summary.json"
@@ -43,5 +44,5 @@ def write_summary(workdir: epath.Path, trainable: Any, frozen: Any) -> dict[str,
     known = [device.memory_stats() for device in jax.local_devices()]
     if all(known):
         summary["device_memory_gib"] = max(stats["peak_bytes_in_use"] for stats in known) / 2**30
-    (workdir / SUMMARY_FILE).write_text(json.dumps(summary, indent=1) + "\n")
+    write_whole(workdir / SUMMARY_FILE, json.dumps(summary, indent=1).encode() + b"\n")
     return summary

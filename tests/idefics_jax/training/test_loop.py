@@ -35,8 +35,13 @@ def run(values, workdir):
 
 
 @pytest.fixture(scope="module")
-def unbroken(small_values, tmp_path_factory):
-    return run(small_values, tmp_path_factory.mktemp("unbroken"))
+def unbroken_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("unbroken")
+
+
+@pytest.fixture(scope="module")
+def unbroken(small_values, unbroken_folder):
+    return run(small_values, unbroken_folder)
 
 
 def test_sigterm_saves_and_going_on_is_bit_equal_to_never_having_stopped(values, unbroken, tmp_path):
@@ -106,22 +111,23 @@ def test_a_loss_that_is_not_finite_names_step_documents_and_checkpoint(values, t
 
 
 @pytest.mark.parametrize("adaptation", ["lora", "frozen"])
-def test_variants_start_from_a_model_and_keep_what_is_frozen(values, adaptation, unbroken, tmp_path):
-    start = tmp_path / "start"
-    run({**values, "steps": 2, "checkpoint_every": 2}, start)
-    values |= {"init_from": str(start), "model": {}, "init_std": (), "steps": 2}
+def test_variants_start_from_a_model_and_keep_what_is_frozen(values, adaptation, unbroken, unbroken_folder, tmp_path):
+    values |= {"init_from": str(unbroken_folder), "model": {}, "init_std": (), "steps": 2}
     adapters = ((".*/lora_.*", "trainable", 1.0, 0.0),) if adaptation == "lora" else ()
     values["partition"] = (*adapters, ("connector/.*", "trainable", 1.0, 0.1), (".*", "frozen"))
     if adaptation == "lora":
         values["lora"] = {"text": {"pattern": "text_model/layers/.*", "rank": 2, "alpha": 4.0}}
     _, params = run(values, tmp_path / adaptation)
-    before, after = paths.flatten(load_model(start / "model")[0]), paths.flatten(params)
+    before, after = paths.flatten(unbroken[1]), paths.flatten(params)
     moved = {path for path in after if not np.array_equal(before[path], after[path])}
     assert {path for path in moved if path.startswith("connector/")}
     adapted = {path for path in after if path.startswith("text_model/layers/") and path.endswith("kernel")}
     assert {path for path in moved if not path.startswith("connector/")} == (adapted if adaptation == "lora" else set())
     if adaptation == "lora":
-        assert_adapter_alone_gives_the_model(tmp_path / adaptation, start, tmp_path, after)
+        written = (tmp_path / adaptation / part for part in ("adapter/adapter_config.json", "summary.json"))
+        adapter_at, summary_at = (file.stat().st_mtime_ns for file in written)
+        assert adapter_at < summary_at, "who finds a summary finds the rest"
+        assert_adapter_alone_gives_the_model(tmp_path / adaptation, unbroken_folder, tmp_path, after)
 
 
 def assert_adapter_alone_gives_the_model(workdir, base, folder, wanted):
