@@ -51,7 +51,11 @@ def write_sweep(tmp_path_factory):
     source = {"kind": "cauldron", "image_root": None, "weight": 1.0}
     numbers = {**source, "paths": (str(folder / "data" / "numbers.parquet"),)}
     train["data"]["stages"] = {"stage1": {"sources": {"numbers": numbers}, "documents": None}}
-    train["optimizer"]["warmup_steps"] = 0
+    # Less to compile, and to compute.
+    train["optimizer"] |= {"name": "adamw", "warmup_steps": 0}
+    train["data"]["shape"]["rows"] = 4
+    for section in train["model"].values():
+        section["hidden_size"] = 16
     (folder / "eval.py").write_text(EVALUATION.format(heldout=str(folder / "data" / "heldout.parquet")))
 
     def write(name, sweep):
