@@ -21,12 +21,12 @@ policies = jax.checkpoint_policies
 # What is saved for the backward pass, from most memory to least; None recomputes nothing. "linear" keeps what each
 # Linear gives with its side path added: to keep every product, as is usual, is twice the memory and slower under LoRA.
 # Of queries, keys and values it keeps what a TPU's kernel of attention takes: rotated, and in its layout.
-# "attention" keeps what the kernel of attention gives, so that it does not run twice: a layer's width a token. Without
-# the kernel there is nothing of that name, and it is "full".
+# "attention" keeps what the kernel of attention takes and gives: neither it nor the products before it run twice.
+# Without the kernel there is nothing of these names, and it is "full".
 REMAT_POLICIES = {
     "none": None,
     "linear": policies.save_only_these_names("linear", "lora", OPERANDS, SAVED),
-    "attention": policies.save_only_these_names(SAVED),
+    "attention": policies.save_only_these_names(OPERANDS, SAVED),
     "full": policies.nothing_saveable,
 }
 
