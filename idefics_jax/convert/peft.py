@@ -272,7 +272,8 @@ def _read_settings(path: epath.Path) -> dict[str, Any]:
                 f"{path}: {name} is {value!r}, which is not supported; only plain LoRA and DoRA can be read"
             )
     for name, kind in (("r", int), ("lora_alpha", (int, float))):
-        if not isinstance(settings.get(name), kind) or isinstance(settings[name], bool) or settings[name] <= 0:
+        value = settings.get(name)
+        if not (isinstance(value, kind) and _is_number(value) and value > 0):
             raise UserError(f"{path}: {name} is {settings.get(name)!r}; it must be a positive number")
     _check_optional(settings, path)
     return settings
@@ -286,18 +287,19 @@ def _check_optional(settings: Mapping[str, Any], path: epath.Path) -> None:
     dropout = settings.get("lora_dropout")
     if dropout is not None and not (_is_number(dropout) and 0 <= dropout < 1):
         raise UserError(f"{path}: lora_dropout is {dropout!r}; it must be a number from 0 to below 1")
-    patterns = settings.get("alpha_pattern")
-    if not isinstance(patterns, dict | None):
-        raise UserError(f"{path}: alpha_pattern is {patterns!r}; it must give an alpha to each of some patterns")
-    for pattern, alpha in (patterns or {}).items():
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise UserError(
-                f"{path}: alpha_pattern has {pattern!r}, which is not a regular expression ({error}); correct it"
-            ) from error
-        if not (_is_number(alpha) and alpha > 0):
-            raise UserError(f"{path}: alpha_pattern gives {pattern!r} {alpha!r}; it must be a positive number")
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = settings.get(name)
+        if not isinstance(patterns, dict | None):
+            raise UserError(f"{path}: {name} is {patterns!r}; it must give a number to each of some patterns")
+        for pattern, value in (patterns or {}).items():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(
+                    f"{path}: {name} has {pattern!r}, which is not a regular expression ({error}); correct it"
+                ) from error
+            if not (_is_number(value) and value > 0):
+                raise UserError(f"{path}: {name} gives {pattern!r} {value!r}; it must be a positive number")
 
 
 def _is_number(value: Any) -> bool:
@@ -317,7 +319,13 @@ def _read_module(
         raise UserError(f"{leaf.rule.hf}: only {len(adapted)} of {len(modules)} layers have a DoRA adapter; all must")
     size_out, size_in = leaf.hf_shape
     ranks = {tensors[f"{module}.{LEAVES['lora_A']}"].shape[0] for module in adapted}
-    alphas = {_alpha(module, settings) for module in adapted}
+    alphas = {float(_of_module(module, settings, "alpha_pattern", "lora_alpha")) for module in adapted}
+    told = {_of_module(module, settings, "rank_pattern", "r") for module in adapted}
+    if told != ranks:
+        raise UserError(
+            f"{leaf.rule.hf}: the adapter's rank is {sorted(ranks)} where {CONFIG} says {sorted(told)}; the two files "
+            "are not of one adapter"
+        )
     if len(ranks) > 1 or len(alphas) > 1:
         raise UserError(f"{leaf.rule.hf}: ranks {sorted(ranks)} and alphas {sorted(alphas)} differ between layers")
     (rank,), (alpha,) = ranks, alphas
@@ -333,11 +341,11 @@ def _read_module(
     return stacks, lora.LoraTarget("", rank, alpha, float(settings.get("lora_dropout") or 0.0), dora)
 
 
-def _alpha(module: str, settings: Mapping[str, Any]) -> float:
-    """Returns a module's alpha as PEFT resolves it: the first pattern that matches the end of its name."""
-    patterns = settings.get("alpha_pattern") or {}
-    matched = (alpha for pattern, alpha in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", module))
-    return float(next(matched, settings["lora_alpha"]))
+def _of_module(module: str, settings: Mapping[str, Any], patterns: str, otherwise: str) -> float:
+    """Returns a module's rank or alpha as PEFT resolves it: by the first pattern that matches the end of its name."""
+    known = settings.get(patterns) or {}
+    matched = (value for pattern, value in known.items() if re.fullmatch(rf"(.*\.)?({pattern})", module))
+    return next(matched, settings[otherwise])
 
 
 def _read_rows(
@@ -351,7 +359,11 @@ def _read_rows(
     wanted = list(range(size - rows.shape[0], size))
     indices = settings.get("trainable_token_indices")
     indices = indices.get(module.rpartition("/")[2]) if isinstance(indices, dict) else indices
-    if isinstance(indices, list) and any(isinstance(index, int) and index >= size for index in indices):
+    if (
+        isinstance(indices, list)
+        and all(isinstance(index, int) for index in indices)
+        and max(indices, default=0) >= size
+    ):
         grown = 1 + max(indices)
         raise UserError(
             f"the adapter trains the rows {indices[0]} to {indices[-1]} of {module}, and the base has {size}; grow it: "
