@@ -16,8 +16,12 @@ from idefics_jax.stack import REMAT_POLICIES
 from idefics_jax.training.optimizer import OptimizerConfig
 
 DTYPES = ("float32", "bfloat16")
-# May differ when a run is resumed: they do not change what is learnt, but for rounding.
+# May differ when a run is resumed: they do not change what is learnt, but for rounding, and where rows are taken in
+# other parts for what dropout leaves out.
 FREE_ON_RESUME = (
+    "remat",
+    "vision_remat",
+    "rows_a_device",
     "log_every",
     "checkpoint_every",
     "keep_checkpoints",
@@ -65,7 +69,8 @@ class TrainConfig:
       partition: what trains and how: rows (pattern, "frozen") or (pattern, "trainable", factor of the learning rate,
         weight decay); a pattern matches whole paths of parameters and adapters, the first match wins.
       quantize: patterns of the module paths whose frozen kernels are held as int8.
-      lora: LoRA or DoRA adapters by a name of your choice.
+      lora: LoRA or DoRA adapters by a name of your choice. Of two whose patterns match a kernel, the one that comes
+        first in the alphabet is taken: a ConfigDict keeps no other order.
       new_rows: how many of the last vocabulary rows train, as adapters `new_rows`, beside their frozen tables.
       neftune_alpha: strength of the noise on embeddings in training; 0 for none.
       optimizer: see OptimizerConfig.

@@ -198,6 +198,7 @@ def assemble(config: TrainConfig, mesh: Mesh) -> tuple[Run, dict[str, Any], dict
     optimizer = make_optimizer(config.optimizer, trainable, chosen, config.steps)
     rates = peak_rates(config.optimizer, trainable, chosen)
     state_shapes = jax.eval_shape(lambda tree: init_state(tree, optimizer), trainable)
+    masters = state_shapes["trainable"].get("params", {})
     trainable_axes = {"params": subtree(axes, base), "adapters": names}
     state_places = sharding.tree_shardings(mesh, state_axes(state_shapes, trainable_axes), rules)
     frozen_places = sharding.tree_shardings(mesh, quantize.axes(axes, frozen), rules)
@@ -212,7 +213,7 @@ def assemble(config: TrainConfig, mesh: Mesh) -> tuple[Run, dict[str, Any], dict
         processor=processor,
         mesh=mesh,
         optimizer=optimizer,
-        table=partition.table(partition.combine(base, frozen), adapters, chosen, rates),
+        table=partition.table(partition.combine(masters, frozen), adapters, chosen, rates),
         layout=sharding.table(mesh, flat_shapes, flat_axes, rules),
         abstract_state=with_shardings(state_shapes, state_places),
         abstract_frozen=with_shardings(frozen, frozen_places),

@@ -142,12 +142,12 @@ def assert_adapter_alone_gives_the_model(workdir, base, folder, wanted):
 
 def test_another_config_in_the_same_folder_is_refused_with_the_keys(tmp_path):
     workdir = epath.Path(tmp_path)
-    old = {"steps": 10, "log_every": 5, "optimizer": {"learning_rate": 1e-3}, "data": {"prefetch": 4}}
+    old = {"steps": 10, "log_every": 5, "remat": "full", "optimizer": {"learning_rate": 1e-3}, "data": {"prefetch": 4}}
     check_same_run(old, workdir)
     record_run(old, workdir)
     check_same_run({**old, "steps": 1}, workdir)
     (workdir / "checkpoints" / "5").mkdir(parents=True)
-    check_same_run({**old, "log_every": 1, "mesh": {"data": 8}, "data": {"prefetch": 1}}, workdir)
+    check_same_run({**old, "log_every": 1, "remat": "linear", "mesh": {"data": 8}, "data": {"prefetch": 1}}, workdir)
     with pytest.raises(UserError, match=r"other settings \(optimizer.learning_rate: 0.001 -> 0.1; steps: 10 -> 20\)"):
         check_same_run({**old, "steps": 20, "optimizer": {"learning_rate": 0.1}}, workdir)
 
