@@ -51,9 +51,9 @@ class Published:
 
 PUBLISHED = {
     # It was cut over 16 chips; with what we keep of the forward pass that takes 0.5 GiB more than a v4 has.
-    "v4": Published("v4-512", 4, 2048, 64, 3.03, 2.117, "AXLearn, fuji.py: 7B v1 on v4-1024"),
-    "v5e": Published("v5e-256", 1, 4096, 256, 2.21, 2.005, "AXLearn, fuji.py: 7B v2 on four v5e-256"),
-    "v5p": Published("v5p-512", 4, 4096, 64, 2.5, 2.556, "AXLearn, arXiv 2507.05411, table 3: Llama-2-7B on v5p-512"),
+    "v4": Published("v4-512", 4, 2048, 64, 3.03, 1.984, "AXLearn, fuji.py: 7B v1 on v4-1024"),
+    "v5e": Published("v5e-256", 1, 4096, 256, 2.21, 1.543, "AXLearn, fuji.py: 7B v2 on four v5e-256"),
+    "v5p": Published("v5p-512", 4, 4096, 64, 2.5, 2.472, "AXLearn, arXiv 2507.05411, table 3: Llama-2-7B on v5p-512"),
 }
 
 
