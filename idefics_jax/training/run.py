@@ -203,7 +203,7 @@ def assemble(config: TrainConfig, mesh: Mesh) -> tuple[Run, dict[str, Any], dict
     state_places = sharding.tree_shardings(mesh, state_axes(state_shapes, trainable_axes), rules)
     frozen_places = sharding.tree_shardings(mesh, quantize.axes(axes, frozen), rules)
     step = make_step(config, sizes, optimizer, mesh)
-    leaves = ((base, trainable_axes["params"]), (frozen, quantize.axes(axes, frozen)), (adapters, names))
+    leaves = ((masters, trainable_axes["params"]), (frozen, quantize.axes(axes, frozen)), (adapters, names))
     flat_shapes, flat_axes = (
         {path: leaf for pair in leaves for path, leaf in paths.flatten(pair[i]).items()} for i in range(2)
     )
