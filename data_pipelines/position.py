@@ -34,6 +34,11 @@ def write(folder: epath.Path, data: grain.DatasetIterator, *, first_process: boo
         (folder / _ABOUT).write_text(state["about"])
 
 
+def is_written(folder: epath.Path) -> bool:
+    """Whether a folder holds what `write` writes, by the two files that every run has."""
+    return (folder / _ABOUT).exists() and _file(folder, 0).exists()
+
+
 def restore(folder: epath.Path, data: grain.DatasetIterator) -> None:
     """Sets an iterator to what `write` wrote, whichever of the shards it holds.
 

@@ -55,7 +55,7 @@ def missing(folder: Path) -> list[str]:
     there = {
         SUMMARY_FILE: (folder / SUMMARY_FILE).exists(),
         MODEL_IN_WORKDIR: is_model_folder(epath.Path(folder / MODEL_IN_WORKDIR)),
-        position.FOLDER: all((folder / position.FOLDER / name).exists() for name in ("about.json", "shard_0.json")),
+        position.FOLDER: position.is_written(epath.Path(folder / position.FOLDER)),
     }
     return [name for name, found in there.items() if not found]
 
