@@ -62,12 +62,13 @@ def collectives_of(lines: Sequence[str], computations: Mapping[str, Sequence[str
                 rows[channel][1] += cycles
             else:
                 yield one
-        done = re.search(r"-done\((?:.*?)%?([\w.\-]+)\)", line)
+        done = re.search(r"-done\(.*?%?([\w.\-]+)\)", line)
         if done and done[1] in begun:
             one, before = begun.pop(done[1])
             yield dataclasses.replace(one, beside=passed - before)
         passed += cycles
     yield from (dataclasses.replace(one, beside=beside) for one, beside in rows.values())
+    yield from (one for one, _ in begun.values())  # whose end is not told
 
 
 def _described(line: str, caller: str) -> Collective | None:
