@@ -1,6 +1,7 @@
 """A run with every transform at once: it resumes to the bit, trains what its table says, gives back whole weights."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -65,13 +66,18 @@ def run(values, workdir):
 
 
 @pytest.fixture(scope="module")
-def whole(values, tmp_path_factory):
-    return run(values, epath.Path(tmp_path_factory.mktemp("whole")))
+def whole_folder(tmp_path_factory):
+    return epath.Path(tmp_path_factory.mktemp("whole"))
 
 
-def test_going_on_repeats_dropout_and_noise_to_the_bit(values, whole, tmp_path):
+@pytest.fixture(scope="module")
+def whole(values, whole_folder):
+    return run(values, whole_folder)
+
+
+def test_going_on_repeats_dropout_and_noise_to_the_bit(values, whole, whole_folder, tmp_path):
     workdir = epath.Path(tmp_path / "run")
-    run(values, workdir)
+    shutil.copytree(whole_folder, workdir)
     for name in ("model", "checkpoints/4"):
         (workdir / name).rmtree()
     lines, params = run(values, workdir)

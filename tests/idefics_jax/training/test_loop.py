@@ -64,13 +64,9 @@ def test_sigterm_saves_and_going_on_is_bit_equal_to_never_having_stopped(values,
         np.testing.assert_array_equal(leaf, paths.flatten(unbroken[1])[path], err_msg=path)
 
 
-def test_two_runs_with_one_seed_are_equal_to_the_last_bit(values, unbroken, tmp_path):
-    lines, params = run(values, tmp_path)
-    assert lines == unbroken[0]
-    jax.tree.map(np.testing.assert_array_equal, params, unbroken[1])
-
-
-def test_a_batch_is_let_go_of_before_the_next_is_waited_for(values, tmp_path, monkeypatch):
+def test_two_runs_with_one_seed_are_equal_and_let_go_of_a_batch_before_they_wait_for_the_next(
+    values, unbroken, tmp_path, monkeypatch
+):
     make, taken = pipeline.batches, []
 
     def watched(*args, **kinds):
@@ -87,17 +83,17 @@ def test_a_batch_is_let_go_of_before_the_next_is_waited_for(values, tmp_path, mo
         return data
 
     monkeypatch.setattr(pipeline, "batches", watched)
-    values["steps"] = 3
-    run(values, tmp_path)
-    assert len(taken) == 3
+    lines, params = run(values, tmp_path)
+    assert len(taken) == values["steps"]
+    assert lines == unbroken[0]
+    jax.tree.map(np.testing.assert_array_equal, params, unbroken[1])
 
 
-def test_a_finished_run_run_again_changes_nothing(values, tmp_path):
-    values["steps"] = values["checkpoint_every"] = values["log_every"] = 2
-    first = run(values, tmp_path)
-    again = run(values, tmp_path)
-    assert first[0] == again[0]
-    jax.tree.map(np.testing.assert_array_equal, first[1], again[1])
+def test_a_finished_run_run_again_changes_nothing(values, unbroken, unbroken_folder, tmp_path):
+    shutil.copytree(unbroken_folder, tmp_path / "run")
+    lines, params = run(values, tmp_path / "run")
+    assert lines == unbroken[0]
+    jax.tree.map(np.testing.assert_array_equal, params, unbroken[1])
 
 
 def test_a_loss_that_is_not_finite_names_step_documents_and_checkpoint(values, tmp_path):
@@ -174,15 +170,14 @@ def test_settings_that_do_not_fit_are_refused(values, change, message, tmp_path)
     assert not (tmp_path / RUN_FILE).exists(), "a refused start leaves the folder free for the corrected command"
 
 
-def test_a_start_refused_at_the_first_batch_leaves_the_folder_free_for_the_corrected_command(
-    values, unbroken, tmp_path
-):
+def test_a_start_refused_at_the_first_batch_leaves_the_folder_free_for_the_corrected_command(values, tmp_path):
     right = values["data"]["shape"]["patches"]
     values["data"]["shape"]["patches"] = 3
     with pytest.raises(UserError, match="data.shape.patches"):
         run(values, tmp_path)
+    assert (tmp_path / RUN_FILE).exists()
     values["data"]["shape"]["patches"] = right
-    assert run(values, tmp_path)[0] == unbroken[0]
+    check_same_run(values, epath.Path(tmp_path))
 
 
 def test_a_work_directory_that_is_a_file_is_refused(values, tmp_path):
@@ -231,15 +226,15 @@ def test_usage_errors_exit_with_2_and_one_line(values, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_that_goes_on_in_the_data_of_another_is_resumed_without_it(values, tmp_path):
+def test_a_run_that_goes_on_in_the_data_of_another_is_resumed_without_it(values, unbroken, unbroken_folder, tmp_path):
     """Else it could not be resumed, or would be resumed elsewhere, once the other is deleted or trained further."""
-    short = {**values, "steps": 4, "checkpoint_every": 2, "log_every": 2}
-    run(short, tmp_path / "first")
-    short["data"] = {**values["data"], "after": str(tmp_path / "first")}
-    whole = run(short, tmp_path / "second")
-    for gone in ("first", "second/checkpoints/4", "second/model"):
+    shutil.copytree(unbroken_folder, tmp_path / "first")
+    values["data"]["after"] = str(tmp_path / "first")
+    whole = run(values, tmp_path / "second")
+    assert whole[0] != unbroken[0]
+    for gone in ("first", "second/checkpoints/8", "second/model"):
         shutil.rmtree(tmp_path / gone)
-    assert run(short, tmp_path / "second")[0] == whole[0]
+    assert run(values, tmp_path / "second")[0] == whole[0]
 
 
 @pytest.mark.parametrize(("rows", "most", "parts"), [(16, 1, 16), (16, 4, 4), (16, 64, 1), (12, 5, 3), (7, 2, 7)])
