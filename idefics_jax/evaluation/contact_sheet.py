@@ -3,16 +3,12 @@
 import io
 from collections.abc import Sequence
 
-import matplotlib
+from etils import epath
+from matplotlib.figure import Figure
+from PIL import Image
 
-matplotlib.use("Agg")
-
-from etils import epath  # noqa: E402  (the backend is chosen before anything draws)
-from matplotlib import pyplot as plt  # noqa: E402
-from PIL import Image  # noqa: E402
-
-from idefics_jax.evaluation.questions import Question  # noqa: E402
-from idefics_jax.images import ImageRules, decode  # noqa: E402
+from idefics_jax.evaluation.questions import Question
+from idefics_jax.images import ImageRules, decode
 
 COLUMNS = 6
 
@@ -33,7 +29,8 @@ def draw_contact_sheet(
 ) -> None:
     """Draws the sheet as a PNG: image, question, answer, and the reference where the answer is wrong."""
     rows = -(-len(questions) // COLUMNS)
-    figure, axes = plt.subplots(rows, COLUMNS, figsize=(2.3 * COLUMNS, 2.2 * rows), layout="constrained", squeeze=False)
+    figure = Figure(figsize=(2.3 * COLUMNS, 2.2 * rows), layout="constrained")
+    axes = figure.subplots(rows, COLUMNS, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for axis, question, answer, score in zip(axes.flat, questions, answers, scores, strict=False):
@@ -45,5 +42,4 @@ def draw_contact_sheet(
         axis.set_title(f"{asked}\n{answer}{wrong}", fontsize=7, color=colour, parse_math=False)
     image = io.BytesIO()
     figure.savefig(image, dpi=110, format="png")
-    plt.close(figure)
     path.write_bytes(image.getvalue())
