@@ -11,10 +11,11 @@ import itertools
 import math
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from scipy.special import xlogy
 
 from idefics_jax.errors import UserError
 
@@ -30,6 +31,12 @@ LOWER, WAY_BACK = 0.25, 0.02
 # Other data: the shares of the sources differ by this part of what they could beyond chance. Chance is what two draws
 # from the same shares differ by, at most, in this part of so many pairs.
 OTHER_DATA, SURE, DRAWS = 0.5, 0.99, 200
+# A rise comes with other data if the data changed within this part of a window of it, or may have, as near as the odds
+# of its documents tell (in nats).
+NEAR, LIKELY = 0.1, 3.0
+# The usual loss of no data is above this share of a guess's if the run began below: a model that has forgotten all but
+# how often each token comes has some two thirds of it.
+LEARNT = 0.5
 
 
 class Stopped(UserError):
@@ -85,9 +92,10 @@ class _Seen:
     up: int = 0
     began: int = -1
     documents: list[str] = dataclasses.field(default_factory=list)
-    # How many documents of each source, about a window's before that step and all since.
-    usual_sources: dict[str, float] = dataclasses.field(default_factory=dict)
-    sources: dict[str, float] = dataclasses.field(default_factory=dict)
+    # The loss and how many documents of each source, in the last window before that step and the first since.
+    steps: list[tuple[float, dict[str, int]]] = dataclasses.field(default_factory=list)
+    # The first loss.
+    first: float | None = None
 
 
 class LossWatch:
@@ -95,17 +103,20 @@ class LossWatch:
 
     What the loss has diverged from is the best that any window of `diverged_after` steps reached, so neither a slow
     rise nor a long one is forgotten; the first window also counts while it grows, from the first loss on, so neither is
-    what a trained model began with. Only a change of the data lets go of it: other sources, or other shares of them.
+    what a trained model began with. Only a rise that comes with a change of the data lets go of it, to other sources or
+    other shares of them, and to no more than what the usual loss of any data may be.
     """
 
-    def __init__(self, diverged_after: int, state: dict[str, Any] | None):
+    def __init__(self, diverged_after: int, state: dict[str, Any] | None, *, vocabulary: int):
         """Starts, or goes on from the `state` of another.
 
         Args:
           diverged_after: steps that a loss must stay far up before the run is stopped; 0 never stops it.
           state: what `state()` returned, or None.
+          vocabulary: number of tokens that the model tells apart.
         """
         self._window = diverged_after
+        self._guess = math.log(vocabulary)
         self._seen = _Seen(**copy.deepcopy(state or {}))
 
     def state(self) -> dict[str, Any]:
@@ -146,13 +157,14 @@ class LossWatch:
     def _follow(self, step: int, loss: float, documents: Sequence[str]) -> None:
         """Counts the steps that the loss is far up, and judges it once they are enough."""
         seen = self._seen
+        seen.first = loss if seen.first is None else seen.first
         if not seen.up and loss > seen.limit:
-            seen.began, seen.documents, seen.sources = step, list(documents), {}
+            seen.began, seen.documents = step, list(documents)
         if seen.up or loss > seen.limit:
             seen.up += 1
-            seen.sources = _counted(seen.sources, documents, 1.0)
-        else:
-            seen.usual_sources = _counted(seen.usual_sources, documents, 1 - 1 / self._window)
+        if seen.up <= self._window:
+            sources = collections.Counter(name.partition("/")[0] for name in documents if "/" in name)
+            seen.steps = [*seen.steps, (loss, dict(sources))][-(self._window + seen.up) :]
         recent = seen.history[-self._window :]
         risen = recent[-seen.up :] if seen.up else []
         if sum(loss <= seen.limit for loss in risen) > LOWER * len(risen):
@@ -173,7 +185,7 @@ class LossWatch:
         noise = _noise(recent)
         for count in counts:
             mean = statistics.fmean(recent[:count])
-            limit = mean + max(FAR * mean, FAR_NATS, FAR_DEVIATIONS * noise * math.sqrt(1 + 1 / count))
+            limit = _far_above(mean, noise, count)
             if limit < seen.limit:
                 seen.level, seen.limit = mean, limit
 
@@ -184,15 +196,37 @@ class LossWatch:
         before, after = statistics.median(recent[:middle]), statistics.median(recent[middle:])
         if after < (1 - WAY_BACK) * before:
             return
-        if not _other_data(seen.usual_sources, seen.sources):
+        most = max(LEARNT * self._guess, min(seen.first, self._guess))
+        if after > most or not self._data_raised(after):
             raise Diverged(seen.began, seen.up, seen.level, after, seen.documents)
         print(
             f"the loss has been up since step {seen.began}, {after:.3f} where it was {seen.level:.3f}; the data "
             "changed, so this is taken for its usual",
             flush=True,
         )
-        seen.up, seen.usual_sources = 0, seen.sources
+        seen.up = 0
         seen.limit = sys.float_info.max  # until this window sets it, in the same step
+
+    def _data_raised(self, loss: float) -> bool:
+        """Whether a rise to `loss` came with a change of the data: with it, or by what the new data had at first."""
+        losses, sources = zip(*self._seen.steps, strict=True)
+        began = len(losses) - self._window
+        names = sorted(set().union(*sources))
+        counts = np.array([[step.get(name, 0) for name in names] for step in sources])
+        odds = _change_odds(counts)
+        change = int(np.argmax(odds)) + 1
+        if not _other_data(counts[:change].sum(axis=0), counts[change:].sum(axis=0)):
+            return False
+        near = round(NEAR * self._window)
+        if odds[max(began - near - 1, 0) : began + near].max() > odds.max() - LIKELY:
+            return True
+        own = losses[change:began]
+        return bool(own) and loss <= _far_above(statistics.fmean(own), _noise(own), len(own))
+
+
+def _far_above(mean: float, noise: float, count: int) -> float:
+    """Returns what is far above the mean of so many losses that have this noise."""
+    return mean + max(FAR * mean, FAR_NATS, FAR_DEVIATIONS * noise * math.sqrt(1 + 1 / count))
 
 
 def _noise(losses: list[float]) -> float:
@@ -201,25 +235,29 @@ def _noise(losses: list[float]) -> float:
     return math.sqrt(statistics.fmean(steps) / 2) if steps else 0.0
 
 
-def _counted(counts: Mapping[str, float], documents: Sequence[str], kept: float) -> dict[str, float]:
-    """Returns the documents of each source with these added; of the earlier ones a part is kept."""
-    new = collections.Counter(name.partition("/")[0] for name in documents if "/" in name)
-    return {name: kept * counts.get(name, 0.0) + new[name] for name in {**counts, **new}}
+def _change_odds(counts: np.ndarray) -> np.ndarray:
+    """Returns how likely it is, as a log, that the sources' shares changed before each step but the first.
+
+    Args:
+      counts: documents of each step and source, int [steps, sources].
+    """
+    before = counts.cumsum(axis=0)[:-1]
+    parts = (before, counts.sum(axis=0) - before)
+    return sum(xlogy(part, part).sum(axis=1) - xlogy(part.sum(axis=1), part.sum(axis=1)) for part in parts)
 
 
-def _other_data(before: Mapping[str, float], since: Mapping[str, float]) -> bool:
+def _other_data(before: np.ndarray, since: np.ndarray) -> bool:
     """Whether the documents of each source, before and since, show other shares of the sources.
 
     Their distance is the share of documents that come from other sources (total variation). Few documents of many
     sources are far apart by chance alone, up to having nothing in common; so what as many documents differ by that are
     drawn from the shares of all together is taken off, as Cohen's kappa does.
     """
-    counts = np.array([[part.get(name, 0.0) for name in {**before, **since}] for part in (before, since)])
-    sizes = counts.sum(axis=1)
-    if not sizes.round().all():
+    sizes = [part.sum() for part in (before, since)]
+    if not all(sizes):
         return False
-    draw, together = np.random.default_rng(0).multinomial, counts.sum(axis=0) / sizes.sum()
-    drawn = [draw(round(size), together, DRAWS) / round(size) for size in sizes]
+    draw, together = np.random.default_rng(0).multinomial, (before + since) / sum(sizes)
+    drawn = [draw(size, together, DRAWS) / size for size in sizes]
     chance = np.quantile(np.abs(drawn[0] - drawn[1]).sum(axis=1) / 2, SURE)
-    distance = np.abs(counts[0] / sizes[0] - counts[1] / sizes[1]).sum() / 2
+    distance = np.abs(before / sizes[0] - since / sizes[1]).sum() / 2
     return bool(distance > chance + OTHER_DATA * (1 - chance))

@@ -75,7 +75,8 @@ def train(config: TrainConfig, values: dict[str, Any], workdir: epath.Path) -> b
                 record_run(values, workdir)
                 keep_start(began, workdir)
             del trainable
-            progress = Progress(config.steps, config.diverged_after, before, leads=share.leads)
+            vocabulary = run.model_config.text_config.vocab_size
+            progress = Progress(config.steps, config.diverged_after, before, vocabulary=vocabulary, leads=share.leads)
             state, done = steps(run, state, frozen, progress, data, checkpoints, workdir)
         if done:
             finish(run, state, frozen, data, workdir)

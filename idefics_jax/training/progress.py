@@ -20,19 +20,19 @@ AVERAGED = ("loss", "accuracy", "grad_norm", "update_norm", "token_fill", "patch
 class Progress:
     """Collects the metrics of each step without waiting for them, and reads them once an interval."""
 
-    def __init__(self, steps: int, diverged_after: int, state: dict[str, Any] | None, *, leads: bool):
+    def __init__(self, steps: int, diverged_after: int, state: dict[str, Any] | None, *, vocabulary: int, leads: bool):
         """Starts, or goes on with what `state` returned when the run was stopped.
 
         Args:
           steps: the last step.
-          diverged_after: see divergence.LossWatch.
+          diverged_after, vocabulary: see divergence.LossWatch.
           state: from a checkpoint, or None.
           leads: whether this process tells the others of its documents (run.RowShare): all of them see all, and come
             to the same judgement.
         """
         self._steps = steps
         self._leads = leads
-        self._watch = LossWatch(diverged_after, state["watch"] if state else None)
+        self._watch = LossWatch(diverged_after, state["watch"] if state else None, vocabulary=vocabulary)
         self._watched = 0  # how many of `_metrics` the watch has seen
         # Metrics of the steps since the last report before the run was stopped.
         self._before: list[dict[str, float]] = state["interval"] if state else []

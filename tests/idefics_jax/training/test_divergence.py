@@ -15,6 +15,7 @@ from idefics_jax.training.loop import stopped_message, train
 from idefics_jax.training.progress import Progress
 
 NOISE = np.random.default_rng(0).normal(size=2000)
+VOCABULARY = 1000  # one who guesses has a loss of 6.9
 
 
 def falling(steps, start=6.0, end=2.0):
@@ -29,14 +30,14 @@ def follow(watch, losses, first=0, source="web"):
 
 
 def test_an_ordinary_loss_gives_no_word(capsys):
-    follow(LossWatch(50, None), falling(1000))
+    follow(LossWatch(50, None, vocabulary=VOCABULARY), falling(1000))
     assert capsys.readouterr().out == ""
 
 
 def test_a_spike_is_named_once_with_its_documents(capsys):
     losses = falling(400)
     losses[200:205] = 5.0
-    follow(LossWatch(50, None), losses)
+    follow(LossWatch(50, None, vocabulary=VOCABULARY), losses)
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("loss spike at step 200: 5.000, usually 2.")
     assert line.endswith("its documents: web/file:200")
@@ -46,7 +47,7 @@ def test_a_spike_is_named_once_with_its_documents(capsys):
 def test_a_loss_that_stays_far_up_has_diverged(rise):
     losses = np.concatenate([falling(300), 9.5 + rise * np.arange(60)])
     with pytest.raises(Diverged, match=r"it rose at step 300 from 2\.\d+ .* its documents: web/file:300") as error:
-        follow(LossWatch(50, None), losses)
+        follow(LossWatch(50, None, vocabulary=VOCABULARY), losses)
     assert error.value.step == 300
 
 
@@ -70,7 +71,7 @@ NOISY_TWO = 2 + 0.05 * NOISE[:200]
 )
 def test_what_was_learnt_and_lost_is_not_forgotten(losses, began):
     with pytest.raises(Diverged) as error:
-        follow(LossWatch(50, None), losses)
+        follow(LossWatch(50, None, vocabulary=VOCABULARY), losses)
     assert abs(error.value.step - began) <= 5
 
 
@@ -88,11 +89,11 @@ def test_what_was_learnt_and_lost_is_not_forgotten(losses, began):
     ],
 )
 def test_what_only_looks_bad_is_not_divergence(losses, window):
-    follow(LossWatch(window, None), losses)
+    follow(LossWatch(window, None, vocabulary=VOCABULARY), losses)
 
 
 def test_other_sources_with_a_higher_loss_are_not_divergence_and_are_what_is_judged_by_from_then_on(capsys):
-    watch = LossWatch(50, None)
+    watch = LossWatch(50, None, vocabulary=VOCABULARY)
     follow(watch, falling(300, end=0.3), source="easy")
     follow(watch, falling(300, start=4.0), first=300, source="hard")
     assert "since step 300, 2.0" in capsys.readouterr().out
@@ -102,7 +103,7 @@ def test_other_sources_with_a_higher_loss_are_not_divergence_and_are_what_is_jud
 
 @pytest.mark.parametrize(("hard_before", "hard_after", "stops"), [(1, 9, False), (1, 2, True)])
 def test_other_shares_of_the_same_sources_count_as_other_data(hard_before, hard_after, stops):
-    watch = LossWatch(50, None)
+    watch = LossWatch(50, None, vocabulary=VOCABULARY)
     for step in range(400):
         hard = hard_before if step < 200 else hard_after
         documents = ["hard/file:1"] * hard + ["easy/file:1"] * (10 - hard)
@@ -113,16 +114,48 @@ def test_other_shares_of_the_same_sources_count_as_other_data(hard_before, hard_
         watch.see(step, 0.4 if step < 200 else 2.5, documents)
 
 
+@pytest.mark.parametrize(
+    ("rises", "to", "first", "stops"),
+    [
+        pytest.param(300, 3.0, 2.0, False, id="with-the-data"),
+        pytest.param(302, 3.0, 2.0, False, id="within-a-few-steps"),
+        pytest.param(290, 3.0, 2.0, True, id="before-the-data"),
+        pytest.param(320, 3.0, 2.0, True, id="after-healthy-steps-on-it"),
+        pytest.param(300, 5.0, 2.0, True, id="higher-than-a-trained-model-gets"),
+        pytest.param(300, 5.0, 6.9, False, id="to-less-than-it-began-with"),
+        pytest.param(300, 7.2, 8.0, True, id="above-a-guess"),
+    ],
+)
+def test_only_what_other_data_can_do_is_put_down_to_it(rises, to, first, stops):
+    losses = np.r_[np.linspace(first, 0.5, 50), np.full(rises - 50, 0.5), np.full(100, to)] * (
+        1 + 0.03 * NOISE[: rises + 100]
+    )
+    watch = LossWatch(50, None, vocabulary=VOCABULARY)
+    follow(watch, losses[:300], source="easy")
+    if stops:
+        with pytest.raises(Diverged, match=f"it rose at step {rises} "):
+            follow(watch, losses[300:], first=300, source="hard")
+    else:
+        follow(watch, losses[300:], first=300, source="hard")
+
+
+def test_data_that_is_at_first_little_harder_and_soon_much_is_what_raised_the_loss():
+    losses = np.r_[np.full(300, 1.0), np.full(15, 1.4), np.full(100, 1.8)] * (1 + 0.03 * NOISE[:415])
+    watch = LossWatch(50, None, vocabulary=VOCABULARY)
+    follow(watch, losses[:300], source="easy")
+    follow(watch, losses[300:], first=300, source="hard")
+
+
 @pytest.mark.parametrize(("documents", "window"), [(1, 20), (2, 20), (1, 50)])
 def test_chance_does_not_make_few_documents_of_many_sources_other_data(documents, window):
     random = np.random.default_rng(0)
     names = random.choice(50, p=random.dirichlet(np.full(50, 2.0)), size=(400, documents))
 
     def see(source):
-        watch = LossWatch(window, None)
+        watch = LossWatch(window, None, vocabulary=VOCABULARY)
         for step, numbers in enumerate(names):
             name = source if step >= 300 else "set"
-            watch.see(step, 2.0 if step < 300 else 6.0, [f"{name}{number}/0" for number in numbers])
+            watch.see(step, 1.5 if step < 300 else 3.2, [f"{name}{number}/0" for number in numbers])
 
     with pytest.raises(Diverged, match="it rose at step 300"):
         see("set")
@@ -130,14 +163,14 @@ def test_chance_does_not_make_few_documents_of_many_sources_other_data(documents
 
 
 def test_without_a_limit_nothing_is_stopped():
-    follow(LossWatch(0, None), np.concatenate([falling(300), np.full(600, 50.0)]))
+    follow(LossWatch(0, None, vocabulary=VOCABULARY), np.concatenate([falling(300), np.full(600, 50.0)]))
 
 
 def test_going_on_from_a_saved_state_judges_as_if_never_stopped(capsys):
     losses = np.concatenate([falling(300), np.full(60, 9.5)])
-    watch = LossWatch(50, None)
+    watch = LossWatch(50, None, vocabulary=VOCABULARY)
     follow(watch, losses[:330])
-    resumed = LossWatch(50, json.loads(json.dumps(watch.state())))
+    resumed = LossWatch(50, json.loads(json.dumps(watch.state())), vocabulary=VOCABULARY)
     capsys.readouterr()
     with pytest.raises(Diverged, match="it rose at step 300"):
         follow(resumed, losses[330:], first=330)
@@ -149,7 +182,7 @@ def metrics(step, loss, *, halted_at=-1, skipped=False):
 
 
 def test_an_interval_with_a_step_that_is_not_finite_is_never_handed_to_a_checkpoint():
-    progress = Progress(10, 0, None, leads=True)
+    progress = Progress(10, 0, None, vocabulary=400, leads=True)
     progress.add(metrics(2, 2.0), ("a",), 0.0)
     assert [step["loss"] for step in progress.state()["interval"]] == [2.0]
     progress.add(metrics(3, "nan", halted_at=3), ("b",), 0.0)
@@ -158,7 +191,7 @@ def test_an_interval_with_a_step_that_is_not_finite_is_never_handed_to_a_checkpo
 
 
 def test_a_skipped_step_is_named_once_and_stays_out_of_the_watch(capsys):
-    progress = Progress(10, 0, None, leads=True)
+    progress = Progress(10, 0, None, vocabulary=400, leads=True)
     progress.add(metrics(3, "nan", skipped=True), ("bad/0", "bad/1"), 0.0)
     for _ in range(2):
         assert progress.state()["watch"]["history"] == []
