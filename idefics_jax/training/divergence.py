@@ -23,9 +23,10 @@ from idefics_jax.errors import UserError
 HISTORY, ENOUGH = 100, 20
 # A spike is this many robust standard deviations above the usual loss, and this share of it.
 DEVIATIONS, LEAST_RISE = 6.0, 0.1
-# Far up: above the best mean by this share of it, by this many nats and by this many of the standard deviations that
-# noise gives the difference of a loss from it.
-FAR, FAR_NATS, FAR_DEVIATIONS = 0.5, 0.5, 2.0
+# Far up: above the best mean by this share of it, by this many of the standard deviations that noise gives the
+# difference of a loss from it, and by this many nats; of a small mean, by this many times itself, but some nats still.
+FAR, FAR_DEVIATIONS = 0.5, 2.0
+FAR_NATS, FAR_TIMES, LEAST_NATS = 0.5, 2.0, 0.1
 # Share of a window that may be lower without the loss being down again, and what "on its way back" takes in a window.
 LOWER, WAY_BACK = 0.25, 0.02
 # Other data: the shares of the sources differ by this part of what they could beyond chance. Chance is what two draws
@@ -226,7 +227,8 @@ class LossWatch:
 
 def _far_above(mean: float, noise: float, count: int) -> float:
     """Returns what is far above the mean of so many losses that have this noise."""
-    return mean + max(FAR * mean, FAR_NATS, FAR_DEVIATIONS * noise * math.sqrt(1 + 1 / count))
+    least = min(FAR_NATS, max(FAR_TIMES * mean, LEAST_NATS))
+    return mean + max(FAR * mean, least, FAR_DEVIATIONS * noise * math.sqrt(1 + 1 / count))
 
 
 def _noise(losses: list[float]) -> float:

@@ -62,6 +62,7 @@ NOISY_TWO = 2 + 0.05 * NOISE[:200]
         pytest.param(np.concatenate([[6.2, 6.5, 8, 12, 20, 30, 45], 60 + NOISE[:80]]), 4, id="before-it-has-learnt"),
         pytest.param(np.concatenate([NOISY_TWO, np.tile(np.linspace(40, 38, 50), 20)]), 200, id="falls-in-each-window"),
         pytest.param(np.concatenate([falling(300), 7 * np.exp(0.5 * NOISE[:150])]), 300, id="noisy"),
+        pytest.param(np.r_[np.full(200, 0.15), np.full(60, 0.6)] * (1 + 0.15 * NOISE[:260]), 200, id="small"),
         pytest.param(np.r_[2.0, np.full(60, 3.5)], 1, id="from-the-first-loss-of-a-trained-model"),
         pytest.param(np.r_[2.0, 2.1, 1.9, np.full(60, 3.5)] * (1 + 0.1 * NOISE[:63]), 3, id="at-once-and-noisy"),
         pytest.param(
@@ -84,6 +85,7 @@ def test_what_was_learnt_and_lost_is_not_forgotten(losses, began):
         pytest.param(falling(2000) * np.exp(0.5 * NOISE), id="small-batches"),
         pytest.param(np.where(NOISE > 0, 3.0, 0.1), id="easy-and-hard-batches"),
         pytest.param(0.05 * np.exp(0.7 * NOISE), id="nearly-nothing-left-to-learn"),
+        pytest.param(np.r_[0.02 + 0.005 * NOISE[:500], 0.1 + 0.02 * NOISE[500:]], id="a-tenth-of-a-nat"),
         pytest.param(np.r_[1.0, 2 * np.exp(0.3 * NOISE)], id="an-easy-batch-first"),
         pytest.param(np.concatenate([falling(300), np.linspace(14, 9.2, 50), falling(100)]), id="on-its-way-back"),
     ],
