@@ -29,7 +29,7 @@ from data_pipelines.batches import DecodeIterDataset, Decoding
 from data_pipelines.cache import Cache
 from data_pipelines.mixture import Mixture
 from data_pipelines.packed_rows import Packing, PackIterDataset, encode, encoded_size
-from data_pipelines.sources import DocumentSource, SourceConfig
+from data_pipelines.sources import DocumentSource, SourceConfig, find_files
 from idefics_jax.batch import BatchShape
 from idefics_jax.errors import UserError
 from idefics_jax.processor import Processor
@@ -190,6 +190,14 @@ def batches(
     )
     decoded = DecodeIterDataset(packed, decoding, processor=processor, cache=cache)
     return iter(AheadIterDataset(decoded, count=config.prefetch))
+
+
+def check_files(config: DataConfig, processor: Processor) -> None:
+    """Raises UserError where files are missing or the processor's patches are others, and reads none of the files."""
+    _check(config, processor, process_count=1)
+    for stage in config.stages:
+        for source in stage.sources:
+            find_files(source)
 
 
 def _check(config: DataConfig, processor: Processor, process_count: int) -> None:

@@ -283,10 +283,15 @@ def read_documents(config: SourceConfig) -> Iterator[Document]:
             yield document
 
 
-def _open_rows(config: SourceConfig, *, readers: int) -> Rows:
+def find_files(config: SourceConfig) -> list[str]:
+    """Returns the paths of a source's files, unread; raises UserError where one, or its images' folder, is missing."""
     where = f"source {config.name!r}"
     check_root(config.image_root, where=f"{where}: image_root")
-    paths = parquet.expand(config.paths, where=f"{where}: paths")
+    return parquet.expand(config.paths, where=f"{where}: paths")
+
+
+def _open_rows(config: SourceConfig, *, readers: int) -> Rows:
+    where, paths = f"source {config.name!r}", find_files(config)
     forms = {_form(path) for path in paths}
     if len(forms) > 1:
         mixed = " with ".join(form for form in _OPEN if form in forms)

@@ -20,7 +20,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from idefics_jax.errors import UserError
 
@@ -79,16 +79,22 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
     """
     devices = jax.devices() if devices is None else devices
     slices = len({getattr(device, "slice_index", 0) for device in devices})
+    shape = mesh_shape(sizes, len(devices), slices)
+    return Mesh(_arranged(devices, shape, slices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def mesh_shape(sizes: Mapping[str, int], devices: int, slices: int) -> list[int]:
+    """Returns the size of each of MESH_AXES over so many devices in so many slices; see `make_mesh`."""
     sizes = {"slice": slices, **sizes}
     fixed = fixed_devices(sizes)
     shape = [sizes.get(axis, 1) for axis in MESH_AXES]
     if -1 in shape:
-        shape[shape.index(-1)] = len(devices) // fixed
-    if math.prod(shape) != len(devices):
-        raise UserError(f"mesh sizes {dict(sizes)} do not fit {len(devices)} device(s); their product must be that")
+        shape[shape.index(-1)] = devices // fixed
+    if math.prod(shape) != devices:
+        raise UserError(f"mesh sizes {dict(sizes)} do not fit {devices} device(s); their product must be that")
     if slices > 1 and shape[0] != slices:
         raise UserError(f"mesh.slice is {shape[0]}, and the devices lie in {slices} slices; leave it out")
-    return Mesh(_arranged(devices, shape, slices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return shape
 
 
 def _arranged(devices: list[jax.Device], shape: list[int], slices: int) -> np.ndarray:
@@ -193,7 +199,7 @@ def is_names(x: Any) -> bool:
     return type(x) is tuple and all(name is None or isinstance(name, str) for name in x)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Rows of a batch are spread over every axis but `tensor`."""
     return NamedSharding(mesh, PartitionSpec(_ROWS))
 

@@ -4,26 +4,31 @@
     python -m launch.recipes --workdir work/mine --recipes mine/first.py,mine/second.py --override seed=1
 
 Each is an ordinary `idefics_jax.train`, printed before it starts, in a folder of its own that has the recipe's name. A
-recipe that has finished is not run again, so the same command goes on with what was stopped. The settings of all are
-checked before the first one starts, those of a finished one against what it was trained with. A finished one whose
-model or position in the data is gone writes it again from its checkpoint, unless the next has finished as well.
+recipe that has finished is not run again, so the same command goes on with what was stopped. Before the first one
+starts, the settings of all are checked, those of a finished one against what it was trained with, and what the others
+need is looked for: patterns that match, a mesh that fits, files that are there. A finished one whose model or position
+in the data is gone writes it again from its checkpoint, unless the next has finished as well.
 """
 
+import contextlib
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import jax
 from absl import flags
 from etils import epath
 
-from data_pipelines import position
 from idefics_jax import commands
-from idefics_jax.convert.orbax import is_model_folder
+from idefics_jax.config import Idefics2Config
 from idefics_jax.errors import UserError
-from idefics_jax.model import MODEL_IN_WORKDIR
 from idefics_jax.training.config import TrainConfig
 from idefics_jax.training.loop import check_same_run
 from idefics_jax.training.summary import SUMMARY_FILE
+from launch import devices
+from launch.finished import missing
+from launch.rehearsal import rehearse
 
 RECIPES = [f"configs/idefics2_8b/{name}.py" for name in ("stage1", "stage2", "instruct", "chat")]
 
@@ -48,16 +53,6 @@ def run(recipe: Path, folder: Path, overrides: list[str]) -> None:
     done = subprocess.run([sys.executable, "-m", "idefics_jax.train", *arguments], check=False)
     if done.returncode or missing(folder):
         raise UserError(f"{recipe} has not finished; mend what it says above and run the same command again")
-
-
-def missing(folder: Path) -> list[str]:
-    """Returns what a finished training has in its work directory and this one lacks."""
-    there = {
-        SUMMARY_FILE: (folder / SUMMARY_FILE).exists(),
-        MODEL_IN_WORKDIR: is_model_folder(epath.Path(folder / MODEL_IN_WORKDIR)),
-        position.FOLDER: position.is_written(epath.Path(folder / position.FOLDER)),
-    }
-    return [name for name, found in there.items() if not found]
 
 
 def trained(recipe: Path, folder: Path, *, used: bool) -> bool:
@@ -87,12 +82,32 @@ def trained(recipe: Path, folder: Path, *, used: bool) -> bool:
     return False
 
 
-def check(recipe: Path, folder: Path, overrides: list[str]) -> None:
-    """Raises UserError unless the settings can be used and are those of the run that the folder may hold."""
+def check(recipe: Path, folder: Path, overrides: list[str]) -> TrainConfig:
+    """Returns the settings; raises UserError unless they can be used and are those of the run the folder may hold."""
     values = commands.read_config(str(recipe), overrides).to_dict()
-    try:
-        TrainConfig.from_config_dict(values)
+    with naming(recipe):
+        config = TrainConfig.from_config_dict(values)
         check_same_run(values, epath.Path(folder))
+        return config
+
+
+def rehearse_all(left: Sequence[tuple[Path, Path, TrainConfig]], here: devices.Devices) -> None:
+    """Rehearses what is to be trained, (recipe, folder, settings) of each, where each leaves its folder to the next.
+
+    Raises:
+      UserError: see `rehearse`.
+    """
+    written: dict[str, Idefics2Config] = {}
+    for recipe, folder, config in left:
+        with naming(recipe):
+            written[str(folder)] = rehearse(config, epath.Path(folder), devices=here, written=written)
+
+
+@contextlib.contextmanager
+def naming(recipe: Path) -> Iterator[None]:
+    """Puts the recipe's name before what is wrong with it."""
+    try:
+        yield
     except UserError as error:
         raise UserError(f"{recipe}: {error}") from error
 
@@ -106,22 +121,24 @@ def run_all(recipes: list[Path], workdir: Path, overrides: list[str]) -> None:
       overrides: settings of every recipe, as NAME=VALUE.
 
     Raises:
-      UserError: see `check`, `trained` and `run`, or there is no recipe, or two would share a folder.
+      UserError: see `check`, `trained`, `rehearse_all` and `run`, or there is no recipe, or two would share a folder.
     """
     folders = [workdir / recipe.stem for recipe in recipes]
     if not recipes or len(set(folders)) < len(folders):
         raise UserError(f"--recipes is {[str(recipe) for recipe in recipes]}; give at least one, each of its own name")
     starts = [[], *([f"init_from={folder}", f"data.after={folder}"] for folder in folders)]
     plans = [(*where, overrides + start) for *where, start in zip(recipes, folders, starts, strict=False)]
-    for recipe, folder, settings in plans:
-        check(recipe, folder, settings)
+    configs = [check(*plan) for plan in plans]
     used = [*((after / SUMMARY_FILE).exists() for after in folders[1:]), False]
-    left = [plan for plan, known in zip(plans, used, strict=True) if not trained(*plan[:2], used=known)]
-    for recipe, folder, settings in left:
-        run(recipe, folder, settings)
+    left = [at for at, plan in enumerate(plans) if not trained(*plan[:2], used=used[at])]
+    if left:
+        rehearse_all([(*plans[at][:2], configs[at]) for at in left], devices.found())
+    for at in left:
+        run(*plans[at])
 
 
 def main() -> None:
+    jax.config.update("jax_platforms", "cpu")  # the devices are for the trainings
     run_all([Path(recipe) for recipe in _RECIPES.value], Path(_WORKDIR.value), _OVERRIDES.value)
 
 

@@ -31,8 +31,13 @@ def load_processor(config: TrainConfig) -> Processor:
     return Processor.load(config.processor).with_image_rules(config.image_rules)
 
 
-def model_config(config: TrainConfig, processor: Processor) -> Idefics2Config:
+def model_config(config: TrainConfig, processor: Processor, *, start: Idefics2Config | None = None) -> Idefics2Config:
     """Returns the sizes of the model that trains.
+
+    Args:
+      config: the run's settings.
+      processor: its processor.
+      start: sizes of the model in `init_from`, where it is yet to be written.
 
     Raises:
       UserError: there is no model in `init_from`, or the model and the processor do not fit each other.
@@ -41,7 +46,7 @@ def model_config(config: TrainConfig, processor: Processor) -> Idefics2Config:
     if config.model:
         sizes = from_sections(config, image_token_id=tokenizer.image_token_id)
     else:
-        sizes = Idefics2Config.load(find_model(config.init_from))
+        sizes = start or Idefics2Config.load(find_model(config.init_from))
         vision, text = sizes.vision_config, sizes.text_config
         if config.resize_positions and vision.positions_per_side != rules.positions_per_side:
             vision = dataclasses.replace(vision, image_size=rules.positions_per_side * vision.patch_size)
@@ -159,14 +164,39 @@ def load_parts(config: TrainConfig, sizes: Idefics2Config, mesh: Mesh) -> tuple[
     Returns:
       A config with the parts' own sizes, and their parameters on the mesh.
     """
-    own = {f"{part.partition('_')[0]}_config": read_sizes(path, part) for part, path in config.init_parts.items()}
-    start = dataclasses.replace(sizes, **own, image_token_id=1)  # it may lie beyond the decoder's own vocabulary
+    start = parts_sizes(config, sizes)
     shardings, params = param_shardings(start, mesh, sharding.RULES[config.sharding]), {}
     for part, path in config.init_parts.items():
         leaves, left_out = open_part(path, part, start)
         params |= place(leaves, shardings)
         print(f"{part} from {path}{f', left out: {left_out}' if left_out else ''}", flush=True)
     return start, params
+
+
+def parts_sizes(config: TrainConfig, sizes: Idefics2Config) -> Idefics2Config:
+    """Returns the sizes of the model with those that the folders of `init_parts` tell in the place of its own."""
+    own = {f"{part.partition('_')[0]}_config": read_sizes(path, part) for part, path in config.init_parts.items()}
+    return dataclasses.replace(sizes, **own, image_token_id=1)  # it may lie beyond the decoder's own vocabulary
+
+
+def check_weights(config: TrainConfig, sizes: Idefics2Config, *, start: Idefics2Config | None) -> None:
+    """Checks that the weights to start from are there and of the model's sizes, without reading one.
+
+    Args:
+      config: the run's settings.
+      sizes: of the model that trains.
+      start: sizes of the model in `init_from`, where it is yet to be written.
+
+    Raises:
+      UserError: a folder has no weights, or see `check_start`.
+    """
+    if config.init_from:
+        check_start(config, start or Idefics2Config.load(find_model(config.init_from)), sizes)
+    elif config.init_parts:
+        begun = parts_sizes(config, sizes)
+        for part, path in config.init_parts.items():
+            open_part(path, part, begun)
+        check_start(config, begun, sizes)
 
 
 def check_start(config: TrainConfig, start: Idefics2Config, sizes: Idefics2Config) -> None:

@@ -62,11 +62,15 @@ class Plan:
         )
 
 
-def plan(config: TrainConfig) -> Plan:
+def plan(config: TrainConfig, *, start: Idefics2Config | None = None) -> Plan:
     """Lays a run out.
 
     With a `model` section no file is read; otherwise the config.json of `init_from` and the processor. The plan of a
     pod may be looked at anywhere, so the devices that are there are not counted; how many it needs is said.
+
+    Args:
+      config: the settings.
+      start: sizes of the model in `init_from`, where it is yet to be written.
 
     Raises:
       UserError: the settings do not fit the model, nothing would train, or the mesh cannot be made of any devices.
@@ -74,7 +78,10 @@ def plan(config: TrainConfig) -> Plan:
     several = "a multiple of " if -1 in config.mesh.values() else ""
     devices = f"mesh {dict(config.mesh)}: {several}{sharding.fixed_devices(config.mesh)} device(s)"
     # Any id of `<image>`: shapes do not depend on it.
-    sizes = from_sections(config, image_token_id=1) if config.model else model_config(config, load_processor(config))
+    if config.model:
+        sizes = from_sections(config, image_token_id=1)
+    else:
+        sizes = model_config(config, load_processor(config), start=start)
     settings.check_names(
         config.image_rules, [field.name for field in dataclasses.fields(ImageRules)], "config.image_rules"
     )

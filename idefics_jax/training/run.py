@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from idefics_jax import sharding
 from idefics_jax.config import Idefics2Config
@@ -116,7 +116,7 @@ def row_share(mesh: Mesh, rows: int) -> RowShare:
     return RowShare(parts.index(here), len(parts), leads=jax.process_index() == min(alike))
 
 
-def device_rows(mesh: Mesh, rows: int) -> int:
+def device_rows(mesh: Mesh | AbstractMesh, rows: int) -> int:
     """Returns how many of a batch's rows each device of a mesh has.
 
     Raises:

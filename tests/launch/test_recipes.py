@@ -23,6 +23,7 @@ from idefics_jax.param_transforms import paths, positions
 from idefics_jax.training.config import TrainConfig
 from idefics_jax.training.loop import train
 from launch import recipes
+from launch.devices import Devices
 from tests.launch import tiny_recipes
 
 RECIPES = {"stage1": stage1, "stage2": stage2, "instruct": instruct, "chat": chat}
@@ -167,6 +168,45 @@ def test_a_finished_recipe_writes_its_model_again_from_its_checkpoint(folder, tm
     before, after = (paths.flatten(load_model(where / "model")[0]) for where in (folder / "work" / "stage1", work))
     for path, leaf in before.items():
         np.testing.assert_array_equal(np.asarray(leaf), np.asarray(after[path]), err_msg=path)
+
+
+def changed(folder: Path, name: str, change: str, path: Path) -> Path:
+    """Writes a recipe's tiny form with a line more."""
+    lines = (folder / f"{name}.py").read_text().replace("return shrink(", "config = shrink(")
+    path.write_text(f"{lines}    {change}\n    return config\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("config.lora.text.pattern = 'text_model/layer/.*'", "'text_model/layer/.*' .*matches"),
+        ("config.partition += (('nrom', 'frozen'),)", "'nrom'"),
+        ("config.mesh = {'data': 3}", r"mesh sizes .* do not fit 1 device\(s\)"),
+        ("config.processor = 'gone'", "gone"),
+        ("config.data.after = 'gone'", "data.after is 'gone'"),
+        (
+            "config.resize_positions = False",
+            "work/stage1 have 4 positions a side and the model 8; set resize_positions",
+        ),
+        ("config.init_from, config.init_parts = None, {'vision_model': 'gone'}", "gone"),
+    ],
+)
+def test_what_a_recipe_would_stop_for_is_known_from_shapes_and_names(folder, change, message, tmp_path):
+    recipe = changed(folder, "stage2", f"config.init_from = '{folder}/work/stage1'; {change}", tmp_path / "broken.py")
+    config = recipes.check(recipe, tmp_path / "work", [])
+    with pytest.raises(UserError, match=f"broken.py: .*{message}"):
+        recipes.rehearse_all([(recipe, tmp_path / "work", config)], Devices(count=1, slices=1))
+
+
+def test_what_a_later_recipe_lacks_is_told_before_the_first_trains(folder, tmp_path):
+    change = "config.data.stages.stage2.sources.pdf.paths = ('gone/*.parquet',)"
+    second = changed(folder, "stage2", change, tmp_path / "second.py")
+    with pytest.raises(
+        UserError, match=r"second.py: source 'pdf': paths names 'gone/\*.parquet', which matches no file"
+    ):
+        recipes.run_all([folder / "stage1.py", second], tmp_path / "work", [])
+    assert not (tmp_path / "work").exists()
 
 
 @pytest.mark.parametrize("files", [[], ["a/stage.py", "b/stage.py"]])
