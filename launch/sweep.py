@@ -7,8 +7,9 @@
 The file's `sweep()` says what the runs are. Each is an ordinary training in a folder of its own, called by its number;
 the settings of all are checked before the first one starts. Backends:
 
-    local    one after another on this machine. What has finished is not run again, so that the same command goes on
-             with a sweep that was stopped; a run that fails is named at the end, and the others go on.
+    local    one after another on this machine, once all that they need is known to be there. What has finished is not
+             run again, so that the same command goes on with a sweep that was stopped; a run that fails is named at the
+             end, and the others go on.
     tpu-vm   one request to Google's queue for each run (launch/tpu_vm.py)
     jobset   one JobSet for each run (launch/gke.py)
 
@@ -21,15 +22,16 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 from absl import flags
 from etils import epath
 
 from idefics_jax import buckets, commands
 from idefics_jax.errors import UserError
-from idefics_jax.training.summary import SUMMARY_FILE
-from launch import gke, sweep_runs, tpu_vm
+from launch import devices, gke, sweep_runs, tpu_vm
 from launch import job as jobs
-from launch.sweep_report import collect, write
+from launch.finished import is_trained
+from launch.sweep_report import collect, is_done, write
 from launch.sweep_runs import Sweep
 
 BACKENDS = {"tpu-vm": tpu_vm.submit, "jobset": gke.submit}
@@ -57,35 +59,45 @@ def command(log: Path, module: str, *arguments: str) -> bool:
 def run_one(sweep: Sweep, number: int) -> bool:
     """Trains and evaluates one run, as far as that is not done yet; returns whether it is."""
     folder = Path(sweep.folder(number))
-    if not (folder / SUMMARY_FILE).exists():
+    if not is_trained(folder, used=bool(sweep.config.evaluate)):
         command(folder / "train.log", "idefics_jax.train", *sweep.training(number))
-    if not (folder / SUMMARY_FILE).exists():
-        return False
-    if not sweep.config.evaluate or (folder / "eval" / "metrics.json").exists():
-        return True
-    return command(folder / "eval.log", "idefics_jax.evaluate", *sweep.evaluation(number))
+        if not is_trained(folder, used=bool(sweep.config.evaluate)):
+            return False
+    return not sweep.config.evaluate or command(folder / "eval.log", "idefics_jax.evaluate", *sweep.evaluation(number))
 
 
-def prepare(sweep: Sweep) -> None:
-    """Writes the data and trains what all runs start from.
-
-    Raises:
-      UserError: either failed, so that no run can start.
-    """
+def write_data(sweep: Sweep) -> None:
+    """Writes the data of all runs; raises UserError if that fails."""
     log = Path(sweep.workdir, "data.log")
     if sweep.config.data and not command(log, *sweep.config.data):
         raise UserError(f"the data could not be written; see {log}")
+
+
+def pretrain(sweep: Sweep) -> None:
+    """Trains what all runs start from; raises UserError if that fails."""
     folder = Path(sweep.start)
-    if sweep.config.pretrain and not (folder / SUMMARY_FILE).exists():
-        command(folder / "train.log", "idefics_jax.train", *sweep.pretraining())
-        if not (folder / SUMMARY_FILE).exists():
-            raise UserError(f"the model that all runs start from could not be trained; see {folder}/train.log")
+    command(folder / "train.log", "idefics_jax.train", *sweep.pretraining())
+    if not is_trained(folder, used=True):
+        raise UserError(f"the model that all runs start from could not be trained; see {folder}/train.log")
 
 
 def run_here(sweep: Sweep, numbers: list[int]) -> list[int]:
-    """Runs one after another with a line of progress before each; returns the numbers of those that failed."""
+    """Runs what is left one after another, with a line of progress before each; returns the numbers that failed.
+
+    A run that has its figures is done, whether or not its model was kept.
+
+    Raises:
+      UserError: the data or what all start from failed, or a run could not start (Sweep.rehearse).
+    """
     started, failed = time.monotonic(), []
-    prepare(sweep)
+    numbers = [number for number in numbers if not is_done(sweep, number)]
+    if not numbers:
+        return []
+    write_data(sweep)
+    pretrains = bool(sweep.config.pretrain) and not is_trained(Path(sweep.start), used=True)
+    sweep.rehearse(numbers, pretrains=pretrains, here=devices.found())
+    if pretrains:
+        pretrain(sweep)
     for done, number in enumerate(numbers):
         spent = time.monotonic() - started
         left = f", about {spent / done * (len(numbers) - done) / 60:.0f} min left" if done else ""
@@ -101,7 +113,7 @@ def start_elsewhere(sweep: Sweep, numbers: list[int], backend: str) -> None:
     Raises:
       UserError: they cannot run elsewhere (Sweep.check_rentable), or a flag is missing.
     """
-    sweep.check_rentable()
+    sweep.check_rentable(numbers)
     missing = [name for name in ("name", "slice", "image") if flags.FLAGS[name].value is None]
     if missing:
         raise UserError(f"--{missing[0]} is missing; --backend {backend} needs it")
@@ -112,6 +124,7 @@ def start_elsewhere(sweep: Sweep, numbers: list[int], backend: str) -> None:
 
 
 def main() -> None:
+    jax.config.update("jax_platforms", "cpu")  # the devices are for the runs
     sweep = sweep_runs.read(_CONFIG.value, _WORKDIR.value)
     numbers = sweep.chosen(_RUNS.value)
     failed: list[int] = []

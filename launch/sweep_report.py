@@ -32,15 +32,25 @@ class Result:
     summary: dict[str, float]
 
 
+def is_done(sweep: Sweep, number: int) -> bool:
+    """Whether a run has left what the table needs: its summary, and its evaluation or else its metrics."""
+    folder = epath.Path(sweep.folder(number))
+    return (folder / SUMMARY_FILE).exists() and _figures(sweep, folder).exists()
+
+
+def _figures(sweep: Sweep, folder: epath.Path) -> epath.Path:
+    return folder / "eval" / "metrics.json" if sweep.config.evaluate else folder / "metrics.jsonl"
+
+
 def collect(sweep: Sweep) -> list[Result]:
-    """Returns the results of the runs that have finished, evaluation included where the sweep has one."""
+    """Returns the results of the runs that are done."""
     results = []
     for number, run in enumerate(sweep.config.runs):
-        folder = epath.Path(sweep.folder(number))
-        figures = folder / "eval" / "metrics.json"
-        if not (folder / SUMMARY_FILE).exists() or (sweep.config.evaluate and not figures.exists()):
+        if not is_done(sweep, number):
             continue
-        known = json.loads(figures.read_text()) if sweep.config.evaluate else read_metrics(folder / "metrics.jsonl")[-1]
+        folder = epath.Path(sweep.folder(number))
+        figures = _figures(sweep, folder)
+        known = json.loads(figures.read_text()) if sweep.config.evaluate else read_metrics(figures)[-1]
         if sweep.config.metric not in known:
             raise UserError(f"sweep.metric is {sweep.config.metric!r}; run {number} has {', '.join(sorted(known))}")
         summary = json.loads((folder / SUMMARY_FILE).read_text())

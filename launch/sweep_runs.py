@@ -4,17 +4,22 @@ def sweep():
     return {"runs": [{"settings": {"optimizer.learning_rate": rate}} for rate in (1e-4, 3e-4)]}
 """
 
+import contextlib
 import dataclasses
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
 from idefics_jax import commands, settings
+from idefics_jax.config import Idefics2Config
 from idefics_jax.errors import UserError
 from idefics_jax.training.config import TrainConfig
 from idefics_jax.training.loop import check_same_run
+from idefics_jax.training.plan import plan
+from launch.devices import Devices
+from launch.rehearsal import rehearse
 
 # Runs that differ in these alone are repetitions: one row of the table.
 SEEDS = ("seed", "data.seed")
@@ -137,16 +142,41 @@ class Sweep:
     def check(self, numbers: Sequence[int]) -> None:
         """Raises UserError unless every run's settings can be used and are those of the run its folder may hold."""
         for number in numbers:
-            try:
-                values = commands.read_config(self.source(number), self.overrides(number)).to_dict()
-                TrainConfig.from_config_dict(values)
+            with self.naming(number):
+                _, values = self.settings(number)
                 if not self.folder(number).startswith("gs://"):  # there, the training itself looks
                     check_same_run(values, epath.Path(self.folder(number)))
-            except UserError as error:
-                raise UserError(f"run {self.title(number)}: {error}") from error
 
-    def check_rentable(self) -> None:
-        """Raises UserError where the runs need this machine."""
+    def settings(self, number: int | None) -> tuple[TrainConfig, dict[str, Any]]:
+        """Returns the settings of a run, or with None of the one that comes first; and the same as they were given."""
+        source = _source(self.file, self.config.pretrain) if number is None else self.source(number)
+        values = commands.read_config(source, [] if number is None else self.overrides(number)).to_dict()
+        return TrainConfig.from_config_dict(values), values
+
+    def rehearse(self, numbers: Sequence[int], *, pretrains: bool, here: Devices) -> None:
+        """Rehearses the runs, and first what they start from if that is yet to be trained.
+
+        Raises:
+          UserError: see `rehearse`; it names the run.
+        """
+        written: dict[str, Idefics2Config] = {}
+        for number in [None] * pretrains + list(numbers):
+            with self.naming(number):
+                folder = self.start if number is None else self.folder(number)
+                config, _ = self.settings(number)
+                written[folder] = rehearse(config, epath.Path(folder), devices=here, written=written)
+
+    @contextlib.contextmanager
+    def naming(self, number: int | None) -> Iterator[None]:
+        """Puts a run's name before what is wrong with it."""
+        try:
+            yield
+        except UserError as error:
+            title = self.config.pretrain if number is None else self.title(number)
+            raise UserError(f"run {title}: {error}") from error
+
+    def check_rentable(self, numbers: Sequence[int]) -> None:
+        """Raises UserError where the runs need this machine, or shapes alone tell that one would not start."""
         if not self.workdir.startswith("gs://"):
             raise UserError(f"--workdir is {self.workdir}; rented machines share no disk with this one, give gs://...")
         if self.config.data or self.config.pretrain:
@@ -154,6 +184,11 @@ class Sweep:
                 f"{self.file} has steps before its runs (data, pretrain), and they run here only; do them first, and "
                 "give a sweep() without them whose settings name what they left"
             )
+        for number in numbers:
+            with self.naming(number):
+                config, _ = self.settings(number)
+                if config.model:  # otherwise its sizes lie where it will run
+                    plan(config)
 
     def dry_run(self, numbers: Sequence[int]) -> list[str]:
         """Returns the commands of a sweep on this machine."""

@@ -32,7 +32,7 @@ from idefics_jax.training.divergence import Stopped
 from idefics_jax.training.optimizer import make_schedule
 from idefics_jax.training.progress import Progress
 from idefics_jax.training.run import Run, assemble, row_share
-from idefics_jax.training.summary import write_summary
+from idefics_jax.training.summary import SUMMARY_FILE, write_summary
 from idefics_jax.training.writers import RunWriter, silent_writer
 
 # The settings of a run, in its work directory.
@@ -86,7 +86,7 @@ def train(config: TrainConfig, values: dict[str, Any], workdir: epath.Path) -> b
 
 
 def check_same_run(values: dict[str, Any], workdir: epath.Path) -> None:
-    """Compares the settings with those of the run that a work directory holds, if it has a checkpoint or a model.
+    """Compares the settings with those of the run that a work directory holds, if it has left anything of use.
 
     What a run left that was refused or killed before its first checkpoint binds nobody; the next one writes over it.
 
@@ -96,7 +96,7 @@ def check_same_run(values: dict[str, Any], workdir: epath.Path) -> None:
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir {workdir} is a file; give a folder, it is made if it is missing")
     path = workdir / RUN_FILE
-    held = [*(workdir / "checkpoints").glob("*"), *workdir.glob("model")]
+    held = [*(workdir / "checkpoints").glob("*"), *workdir.glob("model"), *workdir.glob(SUMMARY_FILE)]
     if not held or not path.exists():
         return
     lines = differences(json.loads(path.read_text()), json.loads(json.dumps(values)))

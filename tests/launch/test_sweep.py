@@ -1,7 +1,9 @@
 """A sweep's runs are numbered and checked first; what failed is named, and the same command goes on with it."""
 
+import contextlib
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +14,8 @@ from configs import digits as digits_config
 from data_pipelines import digits
 from idefics_jax.errors import UserError
 from launch import sweep_runs
+from launch.devices import Devices
+from launch.finished import is_trained
 from launch.sweep_report import Result, collect, draw, table
 from tests.launch import jobset
 
@@ -23,8 +27,13 @@ from ml_collections.config_dict import placeholder
 def get_config(arm=""):
     config = ConfigDict({train!r})
     config.init_from = placeholder(str)
+    if arm == "torn":
+        config.init_from, config.init_std = {torn!r}, ()
     if arm == "lost":
         config.processor = "nowhere"
+    if arm in ("adapted", "misspelt"):
+        config.model, config.init_std = {{}}, ()
+        config.partition = ((".*/norm/scale" if arm == "adapted" else "nrom", "trainable", 1.0, 0.0), (".*", "frozen"))
     return config
 
 def sweep():
@@ -56,11 +65,17 @@ def write_sweep(tmp_path_factory):
     train["data"]["shape"]["rows"] = 4
     for section in train["model"].values():
         section["hidden_size"] = 16
+    (folder / "torn").mkdir()
+    (folder / "torn" / "config.json").write_text(
+        json.dumps({"model_type": "idefics2", "image_token_id": 401, **train["model"]})
+    )
+    (folder / "torn" / "model.safetensors").write_text("not safetensors")
     (folder / "eval.py").write_text(EVALUATION.format(heldout=str(folder / "data" / "heldout.parquet")))
 
     def write(name, sweep):
         path = folder / f"{name}.py"
-        path.write_text(FILE.format(sweep={"workdir": str(folder / name), **sweep}, train=train))
+        torn = str(folder / "torn")
+        path.write_text(FILE.format(sweep={"workdir": str(folder / name), **sweep}, train=train, torn=torn))
         return folder / name, [sys.executable, "-m", "launch.sweep", "--config", str(path)]
 
     return write
@@ -68,7 +83,7 @@ def write_sweep(tmp_path_factory):
 
 def test_a_sweep_keeps_what_worked_names_what_failed_and_does_not_run_twice(write_sweep):
     runs = [
-        {"argument": "lost"},
+        {"argument": "torn"},
         {"argument": "whole", "settings": {"seed": 7, "data.seed": 7, "optimizer.learning_rate": 1e-3}},
     ]
     folder, _ = write_sweep("kept", {"runs": runs})
@@ -77,7 +92,7 @@ def test_a_sweep_keeps_what_worked_names_what_failed_and_does_not_run_twice(writ
     first = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert first.returncode == 2, first.stderr
     assert "1 of 2 runs failed: 000" in first.stderr
-    assert "nowhere" in first.stdout
+    assert "model.safetensors" in first.stdout
     (line,) = (folder / "results.jsonl").read_text().splitlines()
     result = json.loads(line)
     assert (result["number"], result["arm"]) == (1, "whole optimizer.learning_rate=0.001")
@@ -87,6 +102,10 @@ def test_a_sweep_keeps_what_worked_names_what_failed_and_does_not_run_twice(writ
     assert 0.1 < result["summary"]["host_memory_gib"] < 16
     assert (folder / "sweep.png").stat().st_size > 10_000
 
+    # A run that has its figures is done, whether or not its model is kept.
+    shutil.rmtree(folder / "001" / "model")
+    assert is_trained(folder / "001", used=False)
+    assert not is_trained(folder / "001", used=True)
     second = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert second.stdout.count("$ python -m idefics_jax.train") == 1, "only what failed is tried again"
     assert (folder / "results.jsonl").read_text().splitlines() == [line]
@@ -118,6 +137,28 @@ def test_what_is_wrong_in_a_sweep_is_said_before_any_run(sweep, said, write_swee
     _, arguments = write_sweep("wrong", sweep)
     with pytest.raises(UserError, match=said):
         sweep_runs.read(arguments[-1], None).check(range(len(sweep["runs"])))
+
+
+@pytest.mark.parametrize(
+    ("run", "said"),
+    [
+        ({"argument": "adapted"}, None),
+        ({"argument": "misspelt"}, "run 001: misspelt: .*'nrom' .*matches"),
+        (
+            {"argument": "adapted", "settings": {"processor": "nowhere"}},
+            "run 001: adapted processor=nowhere: .*nowhere",
+        ),
+        ({"argument": "adapted", "settings": {"mesh.data": 3}}, "run 001: .*do not fit 1 device"),
+    ],
+)
+def test_what_a_run_will_lack_is_said_before_what_all_start_from_is_trained(run, said, write_sweep):
+    folder, arguments = write_sweep(
+        "ahead", {"runs": [{"argument": "adapted", "settings": {"seed": 1}}, run], "pretrain": "first"}
+    )
+    sweep = sweep_runs.read(arguments[-1], None)
+    with pytest.raises(UserError, match=said) if said else contextlib.nullcontext():
+        sweep.rehearse([0, 1], pretrains=True, here=Devices(count=1, slices=1))
+    assert not folder.exists()
 
 
 def test_a_number_that_is_no_run_is_refused(write_sweep):
@@ -175,12 +216,13 @@ def test_every_run_is_a_jobset_or_a_request_of_its_own(write_sweep):
     [
         ({}, None, "rented machines share no disk with this one, give gs://"),
         ({"pretrain": "first"}, "gs://b/c", "has steps before its runs"),
+        ({"runs": [{"settings": {"quantize": ("nrom",)}}]}, "gs://b/c", "run 000: quantize=.*'nrom' .*matches"),
     ],
 )
 def test_what_rented_machines_cannot_do_is_refused(sweep, workdir, said, write_sweep):
     _, arguments = write_sweep("refused", {"runs": [{}], **sweep})
     with pytest.raises(UserError, match=said):
-        sweep_runs.read(arguments[-1], workdir).check_rentable()
+        sweep_runs.read(arguments[-1], workdir).check_rentable([0])
 
 
 def result(number, arm, score, **summary):
