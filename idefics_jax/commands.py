@@ -195,6 +195,11 @@ class _Folder(flags.ArgumentParser):
         return value
 
 
+def define_tensor() -> flags.FlagHolder[int]:
+    """Defines the flag for how many devices a model is cut over that only runs."""
+    return flags.DEFINE_integer("tensor", 1, "devices of this machine that each layer is cut over", lower_bound=1)
+
+
 def define_folder(name: str, default: str | None, help_text: str) -> flags.FlagHolder[str]:
     """Defines a flag for a folder; an empty one, which would be the current folder, is refused."""
     return flags.DEFINE(_Folder(), name, default, help_text)

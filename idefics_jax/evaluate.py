@@ -12,6 +12,7 @@ from idefics_jax import buckets, commands
 _CONFIG = commands.define_config(None, "what to ask, configs/eval/NAME.py")
 _CHECKPOINT = commands.define_folder("checkpoint", None, "a work directory, a model folder or a Hugging Face folder")
 _OUT = flags.DEFINE_string("out", None, "folder for the results; by default CHECKPOINT/eval")
+_TENSOR = commands.define_tensor()
 
 
 def main() -> None:
@@ -20,10 +21,11 @@ def main() -> None:
     import idefics_jax
     from idefics_jax import settings
     from idefics_jax.evaluation.run import EvalConfig, evaluate
+    from idefics_jax.model import cut_over
 
     config = settings.build(EvalConfig, _CONFIG.value.to_dict(), "config")
     checkpoint = buckets.absolute(_CHECKPOINT.value)
-    model = idefics_jax.load(checkpoint)
+    model = idefics_jax.load(checkpoint, **cut_over(_TENSOR.value))
     figures = evaluate(model, config, buckets.absolute(_OUT.value) if _OUT.value else checkpoint / "eval")
     print(f"{config.metric}: {figures[config.metric]:.3f} over {figures['questions']} questions")
 

@@ -18,6 +18,7 @@ _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "most tokens of the
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 for the likeliest token, else sample")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "sample among the likeliest tokens that hold this probability")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "dtype of the arithmetic")
+_TENSOR = commands.define_tensor()
 _SEED = flags.DEFINE_integer("seed", 0, "of the sampling", lower_bound=0, upper_bound=2**31 - 1)
 
 
@@ -31,13 +32,13 @@ def main() -> None:
     import idefics_jax
     from idefics_jax.chat import chat_parts
     from idefics_jax.inference.answer import answers, default_decoding
-    from idefics_jax.models.idefics2 import Idefics2
+    from idefics_jax.model import cut_over
 
     paths = [epath.Path(path) for path in _IMAGE.value]
     for path in paths:
         if not path.is_file():
             raise UserError(f"--image: there is no file {str(path)!r}")
-    model = idefics_jax.load(_CHECKPOINT.value)
+    model = idefics_jax.load(_CHECKPOINT.value, dtype=jnp.dtype(_DTYPE.value), **cut_over(_TENSOR.value))
     if model.processor is None:
         raise UserError(f"{_CHECKPOINT.value} holds no processor (tokenizer.model); copy it there from the base model")
     content = [*({"type": "image"} for _ in paths), {"type": "text", "text": _PROMPT.value}]
@@ -48,8 +49,7 @@ def main() -> None:
         temperature=_TEMPERATURE.value,
         top_p=_TOP_P.value,
     )
-    module = Idefics2(model.config, dtype=jnp.dtype(_DTYPE.value))
-    print(next(answers(module, model.params, model.processor, [prompt], decoding, rows=1, seed=_SEED.value)))
+    print(next(answers(model, [prompt], decoding, rows=1, seed=_SEED.value)))
 
 
 if __name__ == "__main__":

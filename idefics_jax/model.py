@@ -20,7 +20,7 @@ from idefics_jax.errors import UserError
 from idefics_jax.layers import Dtype
 from idefics_jax.models.idefics2 import Idefics2
 from idefics_jax.param_transforms.paths import flatten, unflatten
-from idefics_jax.param_tree import param_shardings
+from idefics_jax.param_tree import param_shapes, param_shardings
 from idefics_jax.processor import Processor
 from idefics_jax.sharding import RULES, make_mesh, use_mesh
 
@@ -97,11 +97,33 @@ def load(
     mesh = make_mesh({}, jax.local_devices()[:1]) if mesh is None else mesh
     rules = RULES["data"] if rules is None else rules
     shardings = param_shardings(config, mesh, rules)
+    check_cut(config, shardings)
     if is_model_folder(path):
         params, _ = load_model(path, shardings=shardings)
     else:
         params = place(iter_from_hf(HfFolder(path), config), shardings)
     return Model(config, params, load_processor(path), dtype, mesh, rules)
+
+
+def cut_over(devices: int) -> dict[str, Any]:
+    """Returns `mesh` and `rules` of `load` for a model whose layers are cut over this process's first devices.
+
+    Raises:
+      UserError: there are fewer.
+    """
+    mesh = make_mesh({"tensor": devices}, jax.local_devices()[:devices])
+    return {"mesh": mesh, "rules": RULES["fsdp_tensor"]}
+
+
+def check_cut(config: Idefics2Config, shardings: dict[str, Any]) -> None:
+    """Raises UserError where a parameter cannot be cut into as many equal parts as its place asks for."""
+    where = flatten(shardings)
+    for path, leaf in flatten(param_shapes(config)).items():
+        try:
+            where[path].shard_shape(leaf.shape)
+        except ValueError as error:
+            mesh = ", ".join(f"{axis} {size}" for axis, size in where[path].mesh.shape.items() if size > 1)
+            raise UserError(f"{path} of shape {leaf.shape} cannot be cut over {mesh}; take fewer devices") from error
 
 
 def find_model(path: epath.PathLike) -> epath.Path:

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import random
 import time
-from typing import Any
 
 import jax.numpy as jnp
 from etils import epath
@@ -15,7 +14,7 @@ from idefics_jax.evaluation.contact_sheet import draw_contact_sheet
 from idefics_jax.evaluation.metrics import METRICS
 from idefics_jax.evaluation.questions import question
 from idefics_jax.inference.answer import answers, default_decoding
-from idefics_jax.models.idefics2 import Idefics2
+from idefics_jax.model import Model
 
 # Questions on the contact sheet.
 SHEET = 30
@@ -56,7 +55,7 @@ class EvalConfig:
             raise UserError(f"dtype is {self.dtype!r}; it must be float32 or bfloat16")
 
 
-def evaluate(model: Any, config: EvalConfig, folder: epath.Path) -> dict[str, float]:
+def evaluate(model: Model, config: EvalConfig, folder: epath.Path) -> dict[str, float]:
     """Evaluates a model and writes `metrics.json`, `samples.jsonl` and `contact_sheet.png` into `folder`.
 
     Args:
@@ -71,10 +70,10 @@ def evaluate(model: Any, config: EvalConfig, folder: epath.Path) -> dict[str, fl
         raise UserError("the checkpoint holds no processor (tokenizer.model); evaluation needs one")
     questions = [question(document) for document in read_documents(config.source)][: config.limit]
     decoding = default_decoding(model.processor, max_new_tokens=config.max_new_tokens)
-    module = Idefics2(model.config, dtype=jnp.dtype(config.dtype))
+    model = dataclasses.replace(model, dtype=jnp.dtype(config.dtype))
     prompts = [item.prompt for item in questions]
     given, started = [], time.monotonic()
-    for answer in answers(module, model.params, model.processor, prompts, decoding, rows=config.rows, seed=config.seed):
+    for answer in answers(model, prompts, decoding, rows=config.rows, seed=config.seed):
         given.append(answer)
         if len(given) % config.rows == 0 or len(given) == len(questions):
             rate = len(given) / (time.monotonic() - started)

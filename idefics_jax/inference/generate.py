@@ -80,46 +80,61 @@ def generate(
     Returns:
       int32 [B, max_new_tokens] new tokens, 0 after a row's end, and int32 [B] how many of them are a row's own.
     """
+    state = begin(model, variables, batch, decoding, rng)
+    if decoding.unroll:
+        model, variables, state["cache"] = _unrolled(model, variables, state["cache"])
+
+    def going(state):
+        return jnp.any(state["alive"]) & (state["step"] < decoding.max_new_tokens - 1)
+
+    end = jax.lax.while_loop(going, lambda state: advance(model, variables, state, decoding, rng), state)
+    return end["tokens"], end["lengths"]
+
+
+def begin(
+    model: Idefics2, variables: dict[str, Any], batch: Batch, decoding: Decoding, rng: jax.Array
+) -> dict[str, Any]:
+    """Reads the prompts and chooses the first token of each row; arguments as `generate`'s.
+
+    Returns:
+      What `advance` takes: the cache, the tokens so far, and which rows have not ended.
+    """
     rows, length = batch["tokens"].shape
     cache = empty_cache(
         model.config.text_config, batch=rows, length=length + decoding.max_new_tokens - 1, dtype=model.dtype
     )
     hidden, cache = model.apply(variables, batch, cache)
-    if decoding.unroll:
-        model, variables, cache = _unrolled(model, variables, cache)
-
-    def next_token(hidden, step):
-        logits = model.apply(variables, hidden[:, -1], method=Idefics2.logits)
-        return choose(logits, decoding, jax.random.fold_in(rng, step))
-
-    alive = jnp.any(batch["segment_ids"] > 0, axis=1)
-    start = {
+    state = {
         "step": jnp.zeros((), jnp.int32),
-        "token": next_token(hidden, 0),
+        "token": _next_token(model, variables, hidden, decoding, rng, 0),
         "position": batch["positions"][:, -1],
-        "alive": alive,
+        "alive": jnp.any(batch["segment_ids"] > 0, axis=1),
         "lengths": jnp.zeros((rows,), jnp.int32),
         "tokens": jnp.zeros((rows, decoding.max_new_tokens), jnp.int32),
         "cache": cache,
     }
+    return _keep(state, decoding)
 
-    def step(state):
-        position = state["position"] + 1
-        one = {
-            "tokens": state["token"][:, None],
-            "positions": position[:, None],
-            "segment_ids": jnp.ones((rows, 1), jnp.int32),
-        }
-        hidden, cache = model.apply(variables, one, state["cache"])
-        count = state["step"] + 1
-        chosen = next_token(hidden, count)
-        return _keep({**state, "step": count, "token": chosen, "position": position, "cache": cache}, decoding)
 
-    def going(state):
-        return jnp.any(state["alive"]) & (state["step"] < decoding.max_new_tokens - 1)
+def advance(
+    model: Idefics2, variables: dict[str, Any], state: dict[str, Any], decoding: Decoding, rng: jax.Array
+) -> dict[str, Any]:
+    """Chooses one more token of each row; `state` is of `begin` or of this."""
+    position, count = state["position"] + 1, state["step"] + 1
+    one = {
+        "tokens": state["token"][:, None],
+        "positions": position[:, None],
+        "segment_ids": jnp.ones((len(position), 1), jnp.int32),
+    }
+    hidden, cache = model.apply(variables, one, state["cache"])
+    token = _next_token(model, variables, hidden, decoding, rng, count)
+    return _keep({**state, "step": count, "token": token, "position": position, "cache": cache}, decoding)
 
-    end = jax.lax.while_loop(going, step, _keep(start, decoding))
-    return end["tokens"], end["lengths"]
+
+def _next_token(model, variables, hidden, decoding, rng, count):
+    """Chooses after the last position of each row: [B, T, D] -> int32 [B]."""
+    logits = model.apply(variables, hidden[:, -1], method=Idefics2.logits)
+    return choose(logits, decoding, jax.random.fold_in(rng, count))
 
 
 def _keep(state: dict[str, Any], decoding: Decoding) -> dict[str, Any]:

@@ -17,8 +17,13 @@ from jax.sharding import NamedSharding
 
 from idefics_jax import flash_attention, sharding
 from idefics_jax.attention import attend, of_own_rows
+from idefics_jax.errors import UserError
+from idefics_jax.inference.generate import Decoding, generate
+from idefics_jax.model import check_cut, cut_over
+from idefics_jax.param_tree import param_shardings
 from idefics_jax.training.losses import next_token_loss
 from idefics_jax.visibility import Visibility
+from tests.idefics_jax import tiny
 
 RULES = sharding.RULES["fsdp_tensor"]
 SIZES = {"data": 2, "fsdp": 2, "tensor": 2}
@@ -29,7 +34,7 @@ HEADS = ("heads", "kv_heads")
 def main() -> None:
     jax.config.update("jax_num_cpu_devices", 8)
     flash_attention.BLOCK = 128
-    json.dump({"attention": attention(), "loss": loss()}, sys.stdout)
+    json.dump({"attention": attention(), "loss": loss(), "generation": generation()}, sys.stdout)
 
 
 def attention() -> dict[str, Any]:
@@ -68,6 +73,27 @@ def loss() -> dict[str, Any]:
     rows = ("act_batch", None)
     arrays = (hidden.astype(np.float32), head.astype(np.float32), tokens.astype(np.int32), weights.astype(np.float32))
     return compare(gradients, gradients, arrays, ((*rows, None), ("embed", "vocab"), rows, rows))
+
+
+def generation() -> dict[str, Any]:
+    """Prompts with images, answered on one device and with each layer cut over two."""
+    params, batch = tiny.params(), tiny.batch(0)
+    batch["segment_ids"][:], batch["positions"][:] = 1, np.arange(tiny.SHAPE.tokens)
+    decoding = Decoding(max_new_tokens=6, stop_ids=(), banned_ids=(), temperature=0.0, top_p=1.0, unroll=True)
+    found = []
+    for devices in (1, 2):
+        cut = cut_over(devices)
+        placed = jax.device_put(params, param_shardings(tiny.CONFIG, **cut))
+        with sharding.use_mesh(*cut.values()):
+            tokens, _ = generate(tiny.MODEL, {"params": placed}, batch, decoding, jax.random.key(0))
+        found.append(np.asarray(tokens).tolist())
+    try:
+        check_cut(tiny.CONFIG, param_shardings(tiny.CONFIG, **cut_over(5)))
+        refusal = None
+    except UserError as error:
+        refusal = str(error)
+    kernel = placed["text_model"]["layers"]["mlp"]["up_proj"]["kernel"]
+    return {"tokens": found, "refusal": refusal, "kernel on a device": kernel.addressable_shards[0].data.shape}
 
 
 def compare(sharded: Callable, alone: Callable, arrays: tuple, names: tuple) -> dict[str, Any]:

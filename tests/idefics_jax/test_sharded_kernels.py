@@ -1,4 +1,4 @@
-"""What runs under shard_map, the attention kernel and the loss, on 8 devices against its twin on one."""
+"""What runs under shard_map, the attention kernel and the loss, and generation: on devices as on one."""
 
 import json
 import pathlib
@@ -36,3 +36,14 @@ def test_a_chunk_of_the_loss_sends_numbers_of_a_token_and_no_logits(found):
     assert "all-gather" in found["loss"]["sent"]
     assert "f32[1,8,19]" in found["loss"]["shapes"]
     assert "f32[1,8,37]" not in found["loss"]["shapes"]
+
+
+def test_a_model_cut_over_two_devices_answers_as_on_one(found):
+    one, two = found["generation"]["tokens"]
+    assert one == two
+    assert len({tuple(row) for row in one}) == len(one), "prompts differ, and so do their answers"
+    assert found["generation"]["kernel on a device"] == [2, 16, 12]
+    assert (
+        "down_proj/kernel of shape (24, 16) cannot be cut over tensor 5; take fewer devices"
+        in found["generation"]["refusal"]
+    )
