@@ -72,10 +72,16 @@ class Run:
         return {name: jax.make_array_from_process_local_data(spread, array) for name, array in batch.items()}
 
     def final_params(self, trainable: dict[str, Any], frozen: dict[str, Any]) -> dict[str, Any]:
-        """Returns the parameters of the trained model: both parts joined, adapters merged in float32."""
+        """Returns the parameters of the trained model: both parts joined, adapters merged in float32.
+
+        What they are merged into stays float32, whatever the dtype of the base: a shorter one would round away most of
+        what little they add.
+        """
         params = partition.combine(trainable.get("params", {}), frozen)
         params = quantize.dequantize(params, jnp.dtype(self.config.frozen_dtype))
         adapters = trainable.get("adapters", {})
+        merged = {f"{module}/kernel" for module in lora.adapted_modules(adapters)} | set(new_rows.tables(adapters))
+        params = paths.map_paths(lambda path, leaf: leaf.astype(jnp.float32) if path in merged else leaf, params)
         return new_rows.merge(lora.merge(params, adapters, tuple(self.config.lora.values())), adapters)
 
 
