@@ -17,7 +17,7 @@ def recipe(devices: int):
     config.data.virtual_shards = 1
     config.mesh = {"fsdp": devices}
     # As few operations as a step can have: each takes the compiler as long as a large one.
-    config.lora, config.new_rows = {}, 0
+    config.lora, config.new_rows, config.loss_chunk = {}, 0, config.data.shape.tokens
     config.partition = (("text_model/lm_head/.*", "trainable", 1.0, 0.0), (".*", "frozen"))
     return config.lock()
 

@@ -1,5 +1,6 @@
 """The paper's recipes, run one after another at a tiny size: each starts from what the one before it learnt."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -51,9 +53,18 @@ def data(folder: Path) -> None:
         shutil.copy(folder / f"{name}.parquet", folder / f"{kind}.parquet")
     talk = [{"role": "user", "content": "What is the digit?"}, {"role": "assistant", "content": "the digit 7"}]
     pq.write_table(pa.Table.from_pylist([{"messages": talk}] * 60, schema=messages.SCHEMA), folder / "text.parquet")
-    pairs = pq.read_table(folder / "pairs.parquet").to_pylist()
+    table = pq.read_table(folder / "pairs.parquet")
+    pairs = [{**row, "png": enlarged(row["png"])} for row in table.to_pylist()]
+    pq.write_table(pa.Table.from_pylist(pairs, schema=table.schema), folder / "pairs.parquet")
     scans = [{"images": [{"bytes": row["png"], "path": None}], "texts": [row["caption"]]} for row in pairs]
     pq.write_table(pa.Table.from_pylist(scans, schema=pages.SCHEMA), folder / "pdf.parquet")
+
+
+def enlarged(png: bytes) -> bytes:
+    """Returns an image at six times its size: the recipes leave out pairs with a side of less than 150 pixels."""
+    image, file = PIL.Image.open(io.BytesIO(png)), io.BytesIO()
+    image.resize((6 * image.width, 6 * image.height)).save(file, "png")
+    return file.getvalue()
 
 
 def config_file(folder: Path, name: str) -> Path:
