@@ -115,9 +115,18 @@ class LossWatch:
           diverged_after: steps that a loss must stay far up before the run is stopped; 0 never stops it.
           state: what `state()` returned, or None.
           vocabulary: number of tokens that the model tells apart.
+
+        Raises:
+          UserError: the state was saved by code that watched in another way.
         """
         self._window = diverged_after
         self._guess = math.log(vocabulary)
+        other = set(state) ^ {field.name for field in dataclasses.fields(_Seen)} if state else ()
+        if other:
+            raise UserError(
+                f"the checkpoint was saved by other code, which watched the loss in another way ({min(other)}); go on "
+                "with that code, or start a new run"
+            )
         self._seen = _Seen(**copy.deepcopy(state or {}))
 
     def state(self) -> dict[str, Any]:

@@ -200,6 +200,12 @@ def test_a_skipped_step_is_named_once_and_stays_out_of_the_watch(capsys):
     assert capsys.readouterr().out == "step 3 is not finite and was skipped; its documents: bad/0, bad/1\n"
 
 
+def test_a_watch_that_other_code_saved_is_told_as_that():
+    state = LossWatch(8, None, vocabulary=VOCABULARY).state()
+    with pytest.raises(UserError, match=r"saved by other code, .* \(usual_sources\); go on with that code"):
+        LossWatch(8, {**state, "usual_sources": {}}, vocabulary=VOCABULARY)
+
+
 def test_a_run_with_a_learning_rate_that_diverges_is_stopped_and_its_last_good_checkpoint_is_there(values, tmp_path):
     """Checkpoints come so often that those kept were all written while the loss was already up."""
     values |= {"steps": 20, "log_every": 2, "checkpoint_every": 2, "keep_checkpoints": 2, "diverged_after": 8}
