@@ -48,13 +48,17 @@ def need_disk(path: epath.PathLike, what: str) -> None:
 
 
 def write_whole(path: epath.Path, content: bytes) -> None:
-    """Writes a file so that whoever looks finds it whole or not at all."""
+    """Writes a file so that whoever looks finds it whole or not at all; an OSError names it."""
     if is_remote(path):
         path.write_bytes(content)
         return
     part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    part.replace(path)
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 class Outbox:

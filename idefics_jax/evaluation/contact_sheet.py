@@ -7,6 +7,7 @@ from etils import epath
 from matplotlib.figure import Figure
 from PIL import Image
 
+from idefics_jax.buckets import write_whole
 from idefics_jax.evaluation.questions import Question
 from idefics_jax.images import ImageRules, decode
 
@@ -42,4 +43,4 @@ def draw_contact_sheet(
         axis.set_title(f"{asked}\n{answer}{wrong}", fontsize=7, color=colour, parse_math=False)
     image = io.BytesIO()
     figure.savefig(image, dpi=110, format="png")
-    path.write_bytes(image.getvalue())
+    write_whole(path, image.getvalue())

@@ -4,15 +4,18 @@ import dataclasses
 import json
 import random
 import time
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from etils import epath
 
 from data_pipelines.sources import SourceConfig, read_documents
+from idefics_jax.buckets import write_whole
 from idefics_jax.errors import UserError
 from idefics_jax.evaluation.contact_sheet import draw_contact_sheet
 from idefics_jax.evaluation.metrics import METRICS
-from idefics_jax.evaluation.questions import question
+from idefics_jax.evaluation.questions import Question, question
+from idefics_jax.images import ImageRules, RejectedImage, image_patches
 from idefics_jax.inference.answer import answers, default_decoding
 from idefics_jax.model import Model
 
@@ -73,11 +76,14 @@ def evaluate(model: Model, config: EvalConfig, folder: epath.Path) -> dict[str, 
     model = dataclasses.replace(model, dtype=jnp.dtype(config.dtype))
     prompts = [item.prompt for item in questions]
     given, started = [], time.monotonic()
-    for answer in answers(model, prompts, decoding, rows=config.rows, seed=config.seed):
-        given.append(answer)
-        if len(given) % config.rows == 0 or len(given) == len(questions):
-            rate = len(given) / (time.monotonic() - started)
-            print(f"answered {len(given)}/{len(questions)}  {rate:.1f} questions/s", flush=True)
+    try:
+        for answer in answers(model, prompts, decoding, rows=config.rows, seed=config.seed):
+            given.append(answer)
+            if len(given) % config.rows == 0 or len(given) == len(questions):
+                rate = len(given) / (time.monotonic() - started)
+                print(f"answered {len(given)}/{len(questions)}  {rate:.1f} questions/s", flush=True)
+    except RejectedImage as error:
+        raise UserError(_whose(questions, model.processor.image_rules) or str(error)) from error
     scores = [METRICS[config.metric](a, q.answer) for a, q in zip(given, questions, strict=True)]
     figures = {config.metric: sum(scores) / len(scores), "questions": len(scores)}
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,10 +91,22 @@ def evaluate(model: Model, config: EvalConfig, folder: epath.Path) -> dict[str, 
         {"id": q.id, "question": q.text, "answer": a, "reference": q.answer, "score": s}
         for q, a, s in zip(questions, given, scores, strict=True)
     ]
-    (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
-    (folder / "metrics.json").write_text(json.dumps(figures, indent=1) + "\n")
+    write_whole(folder / "samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples).encode())
     # A random sample: kinds of question may follow one another in any rhythm.
     shown = sorted(random.Random(config.seed).sample(range(len(questions)), min(len(questions), SHEET)))
     sheet = [(questions[index], given[index], scores[index]) for index in shown]
     draw_contact_sheet(folder / "contact_sheet.png", model.processor.image_rules, *zip(*sheet, strict=True))
+    # Last: who finds the figures finds the rest.
+    write_whole(folder / "metrics.json", (json.dumps(figures, indent=1) + "\n").encode())
     return figures
+
+
+def _whose(questions: Sequence[Question], rules: ImageRules) -> str | None:
+    """Returns which question has an image that cannot be used, and why."""
+    for item in questions:
+        for data in item.images:
+            try:
+                image_patches(data, rules)
+            except RejectedImage as error:
+                return f"question {item.id}: {error}"
+    return None
