@@ -13,7 +13,7 @@ from idefics_jax.processor import Processor, first_fit
 from idefics_jax.sharding import use_mesh
 
 # Sizes are rounded up to these, so that most prompts share a program.
-TOKEN_BUCKET, PATCH_BUCKET = 64, 64
+TOKEN_BUCKET, PATCH_BUCKET, IMAGE_BUCKET = 64, 64, 4
 
 
 def default_decoding(processor: Processor, *, max_new_tokens: int) -> Decoding:
@@ -57,7 +57,7 @@ def bucket(encoded: Sequence[Encoded], *, rows: int, patch_dim: int) -> BatchSha
         tokens=up(max((len(prompt.tokens) for prompt in encoded), default=0), TOKEN_BUCKET),
         vision_rows=vision_rows(patches),
         patches=patches,
-        images=max((len(own) for own in images), default=0) or 1,
+        images=up(max((len(own) for own in images), default=0), IMAGE_BUCKET),
         patch_dim=patch_dim,
     )
 
