@@ -41,12 +41,17 @@ def main() -> None:
     # convert never writes over a folder; this one is the demo's own.
     shutil.rmtree(f"{workdir}/hf", ignore_errors=True)
     step("idefics_jax.convert", "to-hf", workdir, f"{workdir}/hf")
+    print(f"\n{result(workdir, time.monotonic() - started)}")
+
+
+def result(workdir: str, seconds: float) -> str:
+    """Returns what the demo ends with: what lies where, and last how well the model reads."""
     figures = json.loads(Path(workdir, "eval", "metrics.json").read_text())
-    print(
-        f"\nin {time.monotonic() - started:.0f} s: loss curve {workdir}/loss.png, contact sheet "
-        f"{workdir}/eval/contact_sheet.png, metrics {workdir}/eval/metrics.json, Hugging Face folder {workdir}/hf"
+    return (
+        f"in {seconds:.0f} s: loss curve {workdir}/loss.png, contact sheet {workdir}/eval/contact_sheet.png, metrics "
+        f"{workdir}/eval/metrics.json, Hugging Face folder {workdir}/hf\n"
+        f"held-out exact match: {figures['exact_match']:.3f}"
     )
-    print(f"held-out exact match: {figures['exact_match']:.3f}")
 
 
 def held_out_question(workdir: str) -> str:
