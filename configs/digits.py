@@ -101,7 +101,7 @@ def model() -> ConfigDict:
                 "num_key_value_heads": 2,
                 "max_position_embeddings": 256,
                 "initializer_range": std,
-                "sliding_window": None,
+                "sliding_window": placeholder(int),
             },
         }
     )
@@ -141,7 +141,7 @@ def data() -> ConfigDict:
                         # Rows of digits are the hardest to read.
                         "numbers": source("numbers", "cauldron", weight=3.0),
                     },
-                    "documents": None,
+                    "documents": placeholder(int),
                 },
             },
             "shape": {

@@ -21,6 +21,7 @@ from idefics_jax.errors import UserError
 flags.disclaim_key_flags()  # --help shows a flag with the command that defines it by a function here
 
 USAGE_ERROR = 2
+INTERRUPTED = 128 + 2  # as shells count what SIGINT ends
 # The variable that says with which status a run ends that a signal has stopped; 0 without it.
 STOPPED_STATUS = "IDEFICS_STOPPED_STATUS"
 # What is wrong with a place, not with the program: full, over quota, read-only, forbidden, too large a file.
@@ -45,10 +46,15 @@ def run(main: Callable[..., None], *, required: tuple[str, ...] = (), takes_comm
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         processes.leave(1)
-    except (Exception, KeyboardInterrupt) as error:
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)  # Python's own way out would end threads of JAX in the middle of compiling
+    except Exception as error:
         if isinstance(error, OSError) and error.errno in PLACE_ERRORS:
             processes.hold_back()
-            where = f"{error.filename}: {error.strerror}"
+            where = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
             print(f"error: {where}; free some space or choose another folder", file=sys.stderr)
             processes.leave(USAGE_ERROR)
         if not processes.several():
@@ -128,7 +134,7 @@ def call(path: str, function: str, *arguments: str) -> Any:
         return getattr(module, function)(*arguments)
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         lines = [at.lineno for at in traceback.extract_tb(error.__traceback__) if at.filename == path]
         where = f", line {lines[-1]}" if lines else ""
         raise UserError(f"{path}{where} raises {type(error).__name__}: {error}; mend the config file") from error

@@ -31,6 +31,7 @@ def main() -> None:
 
     import idefics_jax
     from idefics_jax.chat import chat_parts
+    from idefics_jax.images import RejectedImage, image_patches
     from idefics_jax.inference.answer import answers, default_decoding
     from idefics_jax.model import cut_over
 
@@ -41,6 +42,14 @@ def main() -> None:
     model = idefics_jax.load(_CHECKPOINT.value, dtype=jnp.dtype(_DTYPE.value), **cut_over(_TENSOR.value))
     if model.processor is None:
         raise UserError(f"{_CHECKPOINT.value} holds no processor (tokenizer.model); copy it there from the base model")
+    longest = model.config.text_config.max_position_embeddings
+    if not 1 <= _MAX_NEW_TOKENS.value <= longest:
+        raise UserError(f"--max_new_tokens is {_MAX_NEW_TOKENS.value}; it must be at least 1 and at most {longest}")
+    for path in paths:
+        try:
+            image_patches(path.read_bytes(), model.processor.image_rules)
+        except RejectedImage as error:
+            raise UserError(f"--image {path}: {error}") from error
     content = [*({"type": "image"} for _ in paths), {"type": "text", "text": _PROMPT.value}]
     messages = [{"role": "user", "content": content}]
     prompt = chat_parts(messages, [path.read_bytes() for path in paths], add_generation_prompt=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
@@ -51,7 +52,12 @@ class Model:
     rules: Mapping[str, Any]
 
     def __call__(self, batch: Batch) -> jax.Array:
-        """Returns the logits, float32 [B, T, V], of a batch (idefics_jax/batch.py); compiled once a shape."""
+        """Returns the logits, float32 [B, T, V], of a batch (idefics_jax/batch.py); compiled once a shape.
+
+        Raises:
+          UserError: see `check_batch`.
+        """
+        check_batch(self.config, batch)
         with use_mesh(self.mesh, self.rules):
             return _logits(Idefics2(self.config, self.dtype), self.params, dict(batch))
 
@@ -67,6 +73,23 @@ class Model:
             f"decoder {config.text_config.num_hidden_layers} x {config.text_config.hidden_size}, "
             f"vocabulary {config.text_config.vocab_size:,}, {'with' if self.processor else 'no'} processor"
         )
+
+
+def check_batch(config: Idefics2Config, batch: Batch) -> None:
+    """Raises UserError for what the program would not notice: unknown ids, and other `<image>`s than images."""
+    if not all(getattr(x, "is_fully_addressable", True) for x in batch.values()):
+        return  # rows of other processes are theirs to look at
+    tokens = np.asarray(batch["tokens"])
+    if tokens.min() < 0 or tokens.max() >= config.text_config.vocab_size:
+        wrong = tokens.min() if tokens.min() < 0 else tokens.max()
+        raise UserError(f"tokens holds {wrong}; the ids of this model are 0 to {config.text_config.vocab_size - 1}")
+    latents = config.perceiver_config.resampler_n_latents
+    images = np.asarray(batch["image_mask"]).sum(axis=1) if "patches" in batch else np.zeros(len(tokens), int)
+    for row, (found, own) in enumerate(zip((tokens == config.image_token_id).sum(axis=1), images, strict=True)):
+        if found != own * latents:
+            raise UserError(
+                f"row {row} has {found} <image> tokens; its {own} images need {own * latents} ({latents} each)"
+            )
 
 
 @functools.partial(jax.jit, static_argnums=0)

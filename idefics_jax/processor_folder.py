@@ -51,7 +51,15 @@ def read(folder: epath.PathLike) -> tuple[Tokenizer, ImageRules, int]:
     folder = epath.Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; give one that holds an Idefics2 processor")
-    tokenizer = _read_tokenizer(folder)
+    try:
+        tokenizer = _read_tokenizer(folder)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"the tokenizer's files in {folder} are damaged ({type(error).__name__}: {error}); copy them again from "
+            "the model's repository"
+        ) from error
     processor = _read_json(folder / "processor_config.json") or {}
     latents = processor.get("image_seq_len", _RELEASED_LATENTS)
     where, images = "processor_config.json: image_processor", processor.get("image_processor")

@@ -98,6 +98,8 @@ def compare(
       UserError: torch or transformers is not installed, a folder or image cannot be read, or the two folders hold
         models of different sizes.
     """
+    if seed < 0:
+        raise UserError(f"--seed is {seed}; it must be 0 or more")
     torch, transformers = _reference()
     HfFolder(hf)  # refuses pickles and damaged files before transformers sees them
     config = Idefics2Config.load(hf)
@@ -151,7 +153,13 @@ def random_inputs(config: Idefics2Config, seed: int) -> dict[str, np.ndarray]:
 
 def _given_inputs(transformers: Any, hf: epath.PathLike, images: Sequence[str], prompt: str) -> dict[str, Any]:
     """Runs transformers' own processor, so that only the models are compared."""
-    processor = transformers.AutoProcessor.from_pretrained(hf, local_files_only=True)
+    try:
+        processor = transformers.AutoProcessor.from_pretrained(hf, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{hf} holds no processor that transformers can read; put its files there, or leave out --image and "
+            "--prompt to compare on random inputs"
+        ) from error
     pictures = [_open(Path(path)) for path in images]
     text = "<image>" * len(pictures) + prompt
     return dict(processor(text=text, images=pictures or None, return_tensors="pt"))

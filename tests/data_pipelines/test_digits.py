@@ -1,5 +1,6 @@
 import hashlib
 import io
+import sys
 
 import numpy as np
 import PIL.Image
@@ -113,3 +114,12 @@ def test_a_folder_with_other_content_is_refused(tmp_path):
     with pytest.raises(UserError, match="holds something else"):
         digits.build(tmp_path, seed=0, counts=COUNTS)
     assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_a_place_that_cannot_be_written_is_one_line(monkeypatch, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", ["digits", str(tmp_path / "file" / "inside")])
+    with pytest.raises(SystemExit) as ended:
+        digits.main()
+    assert ended.value.code == 2
+    assert "inside cannot be written: " in capsys.readouterr().err

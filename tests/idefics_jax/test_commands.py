@@ -34,6 +34,7 @@ def test_a_config_file_is_called_with_its_argument_and_locked(tmp_path):
         ("def get_config(:", r"raises SyntaxError: invalid syntax \(wrong.py, line 1\)"),
         ("def get_config():\n    return {'steps': 1}", "returns a dict; it must return an ml_collections.ConfigDict"),
         ("steps = 1", "has no attribute 'get_config'"),
+        ("import sys\nsys.exit(0)", "line 2 raises SystemExit: 0"),
     ],
 )
 def test_what_goes_wrong_in_a_config_file_is_a_sentence(program, message, tmp_path):
@@ -106,3 +107,11 @@ def test_a_command_after_two_dashes_is_left_as_it_is(arguments, said):
         assert done.stderr.startswith(said)
     else:
         assert done.stdout == f"2 {arguments[2:]}\n"
+
+
+def test_ctrl_c_is_a_line_and_the_status_that_shells_know():
+    program = (
+        "import signal; from idefics_jax import commands; commands.run(lambda: signal.raise_signal(signal.SIGINT))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "stopped by Ctrl-C\n")

@@ -115,3 +115,24 @@ except AttributeError as error:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "no attribute 'laod'" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"tokens": 99_999}, "tokens holds 99999; the ids of this model are 0 to "),
+        ({"tokens": reference.IMAGE}, r"row 0 has \d+ <image> tokens; its 2 images need \d+ \(\d+ each\)"),
+        ({"patches": None}, r"row 0 has \d+ <image> tokens; its 0 images need 0"),
+    ],
+)
+def test_a_batch_that_the_program_would_misread_is_refused(saved, change, said):
+    root, _ = saved
+    model = idefics_jax.load(root / "model")
+    batch, _ = interop.hf_batch(**inputs(), config=model.config)
+    for name, value in change.items():
+        if value is None:
+            del batch[name]
+        else:
+            batch[name][0, 0] = value
+    with pytest.raises(UserError, match=said):
+        model(batch)

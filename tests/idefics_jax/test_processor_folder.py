@@ -148,6 +148,20 @@ def test_values_that_are_not_supported_are_refused_by_name(folder, file, change,
         Processor.load(folder)
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer.json", {"model": 5}),
+        ("tokenizer.json", {"added_tokens": [5]}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "a"}}}),
+    ],
+)
+def test_damaged_files_of_the_tokenizer_are_told_with_their_folder(folder, file, content):
+    (folder / file).write_text(json.dumps({**json.loads((folder / file).read_text()), **content}))
+    with pytest.raises(UserError, match="the tokenizer's files in .* are damaged .*; copy them again"):
+        Processor.load(folder)
+
+
 def test_missing_and_damaged_files_are_named(folder, tmp_path_factory):
     with pytest.raises(UserError, match="nowhere is not a folder"):
         Processor.load(folder / "nowhere")

@@ -80,6 +80,12 @@ def test_compare_says_by_its_status_whether_they_agree(tmp_path, capsys):
     assert "the two agree" in capsys.readouterr().out
     assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--seed", "3"]) == 1
     assert "the two DIFFER" in capsys.readouterr().out
+    for arguments, said in (
+        (["--seed", "-1"], "--seed is -1; it must be 0 or more"),
+        (["--prompt", "hi"], "holds no processor that transformers can read"),
+    ):
+        assert main(["compare", str(tmp_path / "a"), str(tmp_path / "a"), *arguments]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_inspect_prints_a_table(folders, capsys):
