@@ -56,7 +56,6 @@ def stack(block: type[nn.Module], *, length: int, remat: str) -> type[nn.Module]
         in_axes=(nn.broadcast, 0),
         length=length,
         metadata_params={nn.PARTITION_NAME: "layers"},
-        check_constancy_invariants=False,
     )
 
 
