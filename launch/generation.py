@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from idefics_jax import sharding
@@ -22,7 +21,7 @@ from launch import estimate, kernels, program, slices
 from launch.chips import CHIPS
 from launch.flops import Trained, Work, step_flops
 from launch.program import Cost
-from launch.workload import Rows
+from launch.workload import full_rows
 
 # Ours. 4,900 patches are the released model's largest image.
 PROMPT = {"tokens": 256, "vision_rows": 1, "patches": 4900, "images": 1}
@@ -94,18 +93,9 @@ def seconds(cost: Cost, config: Idefics2Config, where: slices.Slice, least: floa
 
     At least the roofline: weights that are brought in beside computation have no cycles of their own.
     """
-    blocks = kernels.Blocks.of(prompt_rows(config), config)
+    blocks = kernels.Blocks.of(full_rows(prompts(config, 1)), config)
     own = sum(kernels.cycles(cost.kernels, blocks, config, where.generation).values())
     return max(least, (cost.cycles + own) / CHIPS[where.generation].clock + estimate.exposed_seconds(cost, where))
-
-
-def prompt_rows(config: Idefics2Config) -> Rows:
-    """Returns what the prompts hold, one a row."""
-    return Rows(
-        segment_ids=np.ones((1, PROMPT["tokens"]), np.int32),
-        positions=np.arange(PROMPT["tokens"], dtype=np.int32)[None],
-        patch_image_ids=np.ones((1, 1, PROMPT["patches"]), np.int32),
-    )
 
 
 def least_seconds(config: Idefics2Config, rows: int, where: slices.Slice) -> tuple[float, float]:
@@ -115,7 +105,7 @@ def least_seconds(config: Idefics2Config, rows: int, where: slices.Slice) -> tup
     window = text.sliding_window
     seen = PROMPT["tokens"] + NEW_TOKENS // 2
     seen = seen if window is None else min(seen, window)
-    prefill = sum(step_flops(config, prompt_rows(config).work(rows, window), Trained({}, {})).values())
+    prefill = sum(step_flops(config, full_rows(prompts(config, 1)).work(rows, window), Trained({}, {})).values())
     made = Work(tokens=rows, patches=0, images=0, text_pairs=rows * seen, vision_pairs=0)
     decode = sum(step_flops(config, made, Trained({}, {})).values())
     read = {path: 2.0 * leaf.size for path, leaf in flat.items() if path != "text_model/embed_tokens/embedding"}
