@@ -27,6 +27,7 @@ import numpy as np
 
 from idefics_jax import images
 from idefics_jax.documents import Image
+from idefics_jax.errors import UserError
 
 Batch = dict[str, Any]
 
@@ -151,6 +152,21 @@ def _fake_grid(rng: np.random.Generator, patches: int, positions_per_side: int) 
     side = min(positions_per_side, math.isqrt(patches))
     rows = int(rng.integers(-(-side // 2), side + 1))
     return rows, min(positions_per_side, patches // rows)
+
+
+def check_image_tokens(is_image: np.ndarray, images_of_rows: Sequence[int], latents: int) -> None:
+    """Raises UserError where a row has other `<image>` tokens than its images take.
+
+    Args:
+      is_image: bool [B, T], where they are.
+      images_of_rows: how many images each row has.
+      latents: tokens that an image takes.
+    """
+    for row, (found, own) in enumerate(zip(is_image.sum(axis=1), images_of_rows, strict=True)):
+        if found != own * latents:
+            raise UserError(
+                f"row {row} has {found} <image> tokens; its {own} images need {own * latents} ({latents} each)"
+            )
 
 
 def place_document(

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from idefics_jax.batch import Batch
+from idefics_jax.batch import Batch, check_image_tokens
 from idefics_jax.config import Idefics2Config
 from idefics_jax.errors import UserError
 from idefics_jax.images import position_ids
@@ -59,7 +59,8 @@ def hf_batch(
         if len(pixel_values) != len(ids):
             raise UserError(f"pixel_values has {len(pixel_values)} rows and input_ids {len(ids)}; both need the same")
         images = _real_images(np.asarray(pixel_values), pixel_attention_mask, config.vision_config.patch_size)
-    _check_counts(batch["tokens"] == config.image_token_id, images, config.perceiver_config.resampler_n_latents)
+    is_image = batch["tokens"] == config.image_token_id
+    check_image_tokens(is_image, list(map(len, images)), config.perceiver_config.resampler_n_latents)
     if any(images):
         batch |= _image_arrays(images, config)
     return batch, places
@@ -121,15 +122,6 @@ def _cut(pixels: np.ndarray, mask: np.ndarray, patch: int, where: str) -> tuple[
         raise UserError(f"{where} is {width}x{height} pixels; it must hold at least one patch of {patch}x{patch}")
     grid = pixels[:, : rows * patch, : columns * patch].reshape(3, rows, patch, columns, patch)
     return grid.transpose(1, 3, 2, 4, 0).reshape(rows * columns, -1), rows, columns
-
-
-def _check_counts(is_image: np.ndarray, images: list[list], latents: int) -> None:
-    for row, (found, own) in enumerate(zip(is_image.sum(axis=1), images, strict=True)):
-        if found != len(own) * latents:
-            raise UserError(
-                f"row {row} has {found} <image> tokens; its {len(own)} images need {len(own) * latents} "
-                f"({latents} each)"
-            )
 
 
 def _image_arrays(images: list[list[tuple[np.ndarray, int, int]]], config: Idefics2Config) -> Batch:

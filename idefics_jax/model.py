@@ -12,7 +12,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from idefics_jax import buckets
-from idefics_jax.batch import Batch
+from idefics_jax.batch import Batch, check_image_tokens
 from idefics_jax.config import Idefics2Config
 from idefics_jax.convert.hf import iter_from_hf
 from idefics_jax.convert.hf_folder import HfFolder, is_hf_folder
@@ -85,11 +85,7 @@ def check_batch(config: Idefics2Config, batch: Batch) -> None:
         raise UserError(f"tokens holds {wrong}; the ids of this model are 0 to {config.text_config.vocab_size - 1}")
     latents = config.perceiver_config.resampler_n_latents
     images = np.asarray(batch["image_mask"]).sum(axis=1) if "patches" in batch else np.zeros(len(tokens), int)
-    for row, (found, own) in enumerate(zip((tokens == config.image_token_id).sum(axis=1), images, strict=True)):
-        if found != own * latents:
-            raise UserError(
-                f"row {row} has {found} <image> tokens; its {own} images need {own * latents} ({latents} each)"
-            )
+    check_image_tokens(tokens == config.image_token_id, images, latents)
 
 
 @functools.partial(jax.jit, static_argnums=0)
