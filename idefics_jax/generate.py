@@ -31,7 +31,7 @@ def main() -> None:
 
     import idefics_jax
     from idefics_jax.chat import chat_parts
-    from idefics_jax.images import RejectedImage, image_patches
+    from idefics_jax.images import RejectedImage, first_rejected
     from idefics_jax.inference.answer import answers, default_decoding
     from idefics_jax.model import cut_over
 
@@ -45,20 +45,20 @@ def main() -> None:
     longest = model.config.text_config.max_position_embeddings
     if not 1 <= _MAX_NEW_TOKENS.value <= longest:
         raise UserError(f"--max_new_tokens is {_MAX_NEW_TOKENS.value}; it must be at least 1 and at most {longest}")
-    for path in paths:
-        try:
-            image_patches(path.read_bytes(), model.processor.image_rules)
-        except RejectedImage as error:
-            raise UserError(f"--image {path}: {error}") from error
     content = [*({"type": "image"} for _ in paths), {"type": "text", "text": _PROMPT.value}]
     messages = [{"role": "user", "content": content}]
-    prompt = chat_parts(messages, [path.read_bytes() for path in paths], add_generation_prompt=True)
+    images = [path.read_bytes() for path in paths]
+    prompt = chat_parts(messages, images, add_generation_prompt=True)
     decoding = dataclasses.replace(
         default_decoding(model.processor, max_new_tokens=_MAX_NEW_TOKENS.value),
         temperature=_TEMPERATURE.value,
         top_p=_TOP_P.value,
     )
-    print(next(answers(model, [prompt], decoding, rows=1, seed=_SEED.value)))
+    try:
+        print(next(answers(model, [prompt], decoding, rows=1, seed=_SEED.value)))
+    except RejectedImage as error:
+        found = first_rejected(images, model.processor.image_rules)
+        raise UserError(f"--image {paths[found[0]]}: {found[1]}" if found else str(error)) from error
 
 
 if __name__ == "__main__":

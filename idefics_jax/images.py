@@ -21,7 +21,15 @@ from idefics_jax import decoding, image_gate, resize
 from idefics_jax.errors import UserError
 from idefics_jax.image_gate import RejectedImage
 
-__all__ = ["ImageRules", "RejectedImage", "image_patches", "image_size", "patch_grids", "position_ids"]
+__all__ = [
+    "ImageRules",
+    "RejectedImage",
+    "first_rejected",
+    "image_patches",
+    "image_size",
+    "patch_grids",
+    "position_ids",
+]
 
 RESIZERS = ("pillow", "simd")
 # Above this Pillow itself warns of a decompression bomb.
@@ -121,6 +129,16 @@ def image_patches(
         cut(pixels, rules.patch_size, place)
         for pixels, place in zip(_resized_pieces(image, pieces, rules.resizer), places, strict=True)
     ]
+
+
+def first_rejected(images: Sequence[bytes], rules: ImageRules) -> tuple[int, RejectedImage] | None:
+    """Returns the place of the first image that cannot be used, and why; None if all can."""
+    for place, data in enumerate(images):
+        try:
+            image_patches(data, rules)
+        except RejectedImage as error:
+            return place, error
+    return None
 
 
 def _resized_pieces(image: decoding.Stored, pieces: list[tuple], resizer: str) -> Iterator[np.ndarray]:

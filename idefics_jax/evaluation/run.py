@@ -15,7 +15,7 @@ from idefics_jax.errors import UserError
 from idefics_jax.evaluation.contact_sheet import draw_contact_sheet
 from idefics_jax.evaluation.metrics import METRICS
 from idefics_jax.evaluation.questions import Question, question
-from idefics_jax.images import ImageRules, RejectedImage, image_patches
+from idefics_jax.images import ImageRules, RejectedImage, first_rejected
 from idefics_jax.inference.answer import answers, default_decoding
 from idefics_jax.model import Model
 
@@ -103,10 +103,5 @@ def evaluate(model: Model, config: EvalConfig, folder: epath.Path) -> dict[str, 
 
 def _whose(questions: Sequence[Question], rules: ImageRules) -> str | None:
     """Returns which question has an image that cannot be used, and why."""
-    for item in questions:
-        for data in item.images:
-            try:
-                image_patches(data, rules)
-            except RejectedImage as error:
-                return f"question {item.id}: {error}"
-    return None
+    rejected = ((item.id, first_rejected(item.images, rules)) for item in questions)
+    return next((f"question {name}: {found[1]}" for name, found in rejected if found), None)
