@@ -282,8 +282,10 @@ def main() -> None:
         parser.error(f"--seed is {arguments.seed}; it must be 0 or more")
     try:
         build(arguments.out, seed=arguments.seed, counts=COUNTS)
-    except (UserError, OSError) as error:
-        parser.error(f"{arguments.out} cannot be written: {error}" if isinstance(error, OSError) else str(error))
+    except UserError as error:
+        parser.error(str(error))
+    except OSError as error:
+        parser.error(f"{arguments.out} cannot be written: {error}")
     print(f"{arguments.out}: " + ", ".join(f"{count} {name}" for name, count in COUNTS.items()))
 
 

@@ -53,9 +53,9 @@ def read(folder: epath.PathLike) -> tuple[Tokenizer, ImageRules, int]:
         raise UserError(f"{folder} is not a folder; give one that holds an Idefics2 processor")
     try:
         tokenizer = _read_tokenizer(folder)
+    except UserError:
+        raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(
             f"the tokenizer's files in {folder} are damaged ({type(error).__name__}: {error}); copy them again from "
             "the model's repository"
