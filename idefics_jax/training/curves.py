@@ -18,7 +18,8 @@ def draw_curves(workdir: epath.Path) -> epath.Path:
     from matplotlib.figure import Figure  # here, as it would be a quarter of what every start takes to import
 
     lines = [line for line in read_metrics(workdir / "metrics.jsonl") if "train/loss" in line]
-    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    figure = Figure(figsize=(13, 3.6))
+    figure.subplots_adjust(left=0.06, right=0.99, bottom=0.14, top=0.9, wspace=0.2)
     for axis, (name, label) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
         axis.plot([line["step"] for line in lines], [line[name] for line in lines], linewidth=1)
         axis.set(xlabel="step", title=label)

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy.special import xlogy
 
 from idefics_jax.errors import UserError
 
@@ -254,7 +253,12 @@ def _change_odds(counts: np.ndarray) -> np.ndarray:
     """
     before = counts.cumsum(axis=0)[:-1]
     parts = (before, counts.sum(axis=0) - before)
-    return sum(xlogy(part, part).sum(axis=1) - xlogy(part.sum(axis=1), part.sum(axis=1)) for part in parts)
+    return sum(_xlogx(part).sum(axis=1) - _xlogx(part.sum(axis=1)) for part in parts)
+
+
+def _xlogx(x: np.ndarray) -> np.ndarray:
+    """Returns x log x, zero at zero; scipy's takes a fifth of a second of every start to import."""
+    return x * np.log(np.maximum(x, 1))
 
 
 def _other_data(before: np.ndarray, since: np.ndarray) -> bool:

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import jax
+import numpy as np
 from clu import metrics as clu_metrics
 
 from idefics_jax import processes
@@ -154,16 +155,20 @@ class Progress:
 
 def averages(interval: list[dict[str, float]]) -> dict[str, float]:
     """Returns the means over some steps of the metrics that have one, the norms of each part among them."""
-    # clu makes a dataclass field of each name, which may hold no slash.
-    fields = {
-        name.replace("/", "__"): name
-        for name in interval[0]
-        if name in AVERAGED or name.startswith(("grad_norm/", "update_norm/"))
-    }
-    collection = clu_metrics.Collection.create(**{field: clu_metrics.Average.from_output(field) for field in fields})
-    parts = [
-        collection.single_from_model_output(**{field: step[name] for field, name in fields.items()})
-        for step in interval
-    ]
-    means = functools.reduce(collection.merge, parts).compute()
-    return {name: float(means[field]) for field, name in fields.items()}
+    names = tuple(name for name in interval[0] if name in AVERAGED or name.startswith(("grad_norm/", "update_norm/")))
+    collection = _averages_of(names)
+    # All steps of a metric at once: one by one they take a tenth of a second a report.
+    steps = {_field(name): np.asarray([step[name] for step in interval], np.float32) for name in names}
+    means = collection.single_from_model_output(**steps).compute()
+    return {name: float(means[_field(name)]) for name in names}
+
+
+@functools.cache
+def _averages_of(names: tuple[str, ...]) -> type[clu_metrics.Collection]:
+    fields = {_field(name): clu_metrics.Average.from_output(_field(name)) for name in names}
+    return clu_metrics.Collection.create(**fields)
+
+
+def _field(name: str) -> str:
+    """Returns a name that clu can make a dataclass field of: without slashes."""
+    return name.replace("/", "__")
