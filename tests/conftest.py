@@ -9,7 +9,8 @@ from pathlib import Path
 # for the processes that tests start too.
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1",  # one core compiles the parts that the other has no time for
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Many tests compile the same program; so do the processes they start.

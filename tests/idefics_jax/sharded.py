@@ -30,7 +30,7 @@ MESHES = {
 ADAPTERS = "(vision_model/encoder|text_model)/layers/.*_proj"
 ADAPTATIONS = ("frozen", "lora", "dora", "full")
 SHAPE = BatchShape(rows=8, tokens=40, vision_rows=2, patches=20, images=4, patch_dim=48)
-CHUNK, STEPS, B1 = 16, 3, 0.9
+CHUNK, STEPS = 16, 3
 
 
 def main() -> None:
@@ -65,8 +65,9 @@ def parts(params: dict, adaptation: str) -> tuple[dict, dict, lora.LoraSpec]:
 
 def train(trainable: dict, frozen: dict, spec: lora.LoraSpec, batch: dict, preset: str, sizes: dict, devices: list):
     """Returns the loss, gradients and parameters of three steps under a preset, and the compiled step."""
-    # A large epsilon: Adam would turn the rounding of gradients that are zero into steps.
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, b1=B1, eps=1e-2))
+    # Momentum, not Adam, which would turn the rounding of gradients that are zero into steps, and takes a fifth longer
+    # to compile.
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1e-2, momentum=0.9))
     step = make_train_step(tiny.MODEL, optimizer, spec, accumulation=1, chunk=CHUNK, seed=0, max_skipped=0)
     rules, (_, axes) = sharding.RULES[preset], abstract_params(tiny.CONFIG)
     flat = paths.flatten(axes)
@@ -87,8 +88,8 @@ def train(trainable: dict, frozen: dict, spec: lora.LoraSpec, batch: dict, prese
         for _ in range(STEPS):
             state, metrics = compiled(state, frozen, batch)
             losses.append(float(metrics["loss"]))
-            if gradients is None:  # Adam's first moment after the first step, clipped as a whole
-                gradients = jax.tree.map(np.asarray, optax.tree.get(state["opt_state"], "mu"))
+            if gradients is None:  # the momentum after the first step: the gradient, clipped as a whole
+                gradients = jax.tree.map(np.asarray, optax.tree.get(state["opt_state"], "trace"))
     return losses, gradients, state["trainable"], compiled, lowered
 
 
