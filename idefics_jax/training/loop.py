@@ -64,18 +64,17 @@ def train(config: TrainConfig, values: dict[str, Any], workdir: epath.Path) -> b
     check_shared(workdir)
     mesh = sharding.make_mesh(config.mesh)
     with sharding.use_mesh(mesh, sharding.RULES[config.sharding]):
-        run, trainable, frozen = assemble(config, mesh)
+        run = assemble(config, mesh)
         share = row_share(mesh, config.data.shape.rows)
         began = with_kept_start(config.data, workdir)
         data = pipeline.batches(began, run.processor, process_index=share.index, process_count=share.count)
         checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
         with contextlib.closing(data), contextlib.closing(checkpoints):
-            state, frozen, before = start(run, trainable, frozen, data, checkpoints, workdir)
+            state, frozen, before = start(run, data, checkpoints, workdir)
             if processes.first():
                 record_run(values, workdir)
                 keep_start(began, workdir)
-            del trainable
-            vocabulary = run.model_config.text_config.vocab_size
+            vocabulary = run.plan.sizes.text_config.vocab_size
             progress = Progress(config.steps, config.diverged_after, before, vocabulary=vocabulary, leads=share.leads)
             state, done = steps(run, state, frozen, progress, data, checkpoints, workdir)
         if done:
@@ -147,19 +146,20 @@ def record_run(values: dict[str, Any], workdir: epath.Path) -> None:
 
 
 def start(
-    run: Run, trainable: Any, frozen: Any, data: grain.DatasetIterator, checkpoints: Checkpoints, workdir: epath.Path
+    run: Run, data: grain.DatasetIterator, checkpoints: Checkpoints, workdir: epath.Path
 ) -> tuple[Any, Any, dict[str, Any] | None]:
     """Prints what trains, and returns what the run goes on from.
 
     Returns:
       State and frozen parameters, restored, with the data's position, or new; and Progress.state of the stopped run.
     """
-    print(f"{run.table}\n\n{run.layout}", flush=True)
+    print(f"{run.plan.table}\n\n{run.layout}", flush=True)
     restored = checkpoints.restore(run.abstract_state, data)
     if restored is None:
+        state, frozen = run.start()
         checkpoints.save_frozen(frozen)
         print(f"new run in {workdir}: {run.config.steps} steps", flush=True)
-        return run.new_state(trainable), frozen, None
+        return state, frozen, None
     state, before = restored
     print(f"resumed after step {int(state['step'])} from {checkpoints.path}", flush=True)
     return state, checkpoints.load_frozen(run.abstract_frozen), before
@@ -244,7 +244,7 @@ def finish(run: Run, state: Any, frozen: Any, data: grain.DatasetIterator, workd
     """
     (workdir / position.FOLDER).mkdir(exist_ok=True)
     position.write(workdir / position.FOLDER, data, first_process=processes.first())
-    save_model(workdir / "model", run.final_params(state["trainable"], frozen), run.model_config, run.processor)
+    save_model(workdir / "model", run.final_params(state["trainable"], frozen), run.plan.sizes, run.processor)
     if run.config.lora:
         write_adapter(run, state["trainable"], frozen, workdir / ADAPTER_IN_WORKDIR)
     if processes.first():
@@ -258,7 +258,7 @@ def write_adapter(run: Run, trainable: Any, frozen: Any, folder: epath.Path) -> 
     trained = trainable.get("params", {})
     spec, params = tuple(run.config.lora.values()), combine(trained, frozen)
     try:
-        save_adapter(folder, trainable["adapters"], spec, trained, params, run.model_config, base=run.config.init_from)
+        save_adapter(folder, trainable["adapters"], spec, trained, params, run.plan.sizes, base=run.config.init_from)
         print(f"adapter alone, in PEFT's form: {about(folder)}", flush=True)
     except UserError as error:
         print(f"no PEFT adapter was written: {error}", flush=True)

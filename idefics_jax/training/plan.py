@@ -14,13 +14,12 @@ from idefics_jax import settings, sharding
 from idefics_jax.config import Idefics2Config
 from idefics_jax.errors import UserError
 from idefics_jax.images import ImageRules
-from idefics_jax.param_transforms import partition, quantize
+from idefics_jax.param_transforms import lora, new_rows, partition, paths, quantize
 from idefics_jax.param_tree import abstract_params
 from idefics_jax.training.checkpoint import with_shardings
 from idefics_jax.training.config import TrainConfig
 from idefics_jax.training.initial import check_random, from_sections, load_processor, model_config
 from idefics_jax.training.optimizer import make_optimizer, peak_rates
-from idefics_jax.training.run import adapter_axes, starting_adapters, subtree, trained_parts
 from idefics_jax.training.step import init_state, state_axes
 
 
@@ -33,6 +32,7 @@ class Plan:
       optimizer: the gradient transformation.
       state, frozen: what the step is given (training/step.py), as ShapeDtypeStructs.
       state_axes, frozen_axes: the logical axes of their leaves.
+      chosen: the rule of each leaf of parameters and adapters, by path.
       table: every leaf with its shape, dtype, state, learning rate and decay.
       devices: how many of them the mesh takes, in words.
     """
@@ -43,6 +43,7 @@ class Plan:
     frozen: dict[str, Any]
     state_axes: dict[str, Any]
     frozen_axes: dict[str, Any]
+    chosen: dict[str, partition.Rule]
     table: str
     devices: str
 
@@ -75,8 +76,6 @@ def plan(config: TrainConfig, *, start: Idefics2Config | None = None) -> Plan:
     Raises:
       UserError: the settings do not fit the model, nothing would train, or the mesh cannot be made of any devices.
     """
-    several = "a multiple of " if -1 in config.mesh.values() else ""
-    devices = f"mesh {dict(config.mesh)}: {several}{sharding.fixed_devices(config.mesh)} device(s)"
     # Any id of `<image>`: shapes do not depend on it.
     if config.model:
         sizes = from_sections(config, image_token_id=1)
@@ -85,6 +84,17 @@ def plan(config: TrainConfig, *, start: Idefics2Config | None = None) -> Plan:
     settings.check_names(
         config.image_rules, [field.name for field in dataclasses.fields(ImageRules)], "config.image_rules"
     )
+    return lay_out(config, sizes)
+
+
+def lay_out(config: TrainConfig, sizes: Idefics2Config) -> Plan:
+    """Lays a run of a model of these sizes out.
+
+    Raises:
+      UserError: the settings do not fit the model, nothing would train, or the mesh cannot be made of any devices.
+    """
+    several = "a multiple of " if -1 in config.mesh.values() else ""
+    devices = f"mesh {dict(config.mesh)}: {several}{sharding.fixed_devices(config.mesh)} device(s)"
     (params, axes), dtype = abstract_params(sizes), jnp.dtype(config.frozen_dtype)
     try:
         check_random(config, params)
@@ -109,9 +119,48 @@ def plan(config: TrainConfig, *, start: Idefics2Config | None = None) -> Plan:
         frozen,
         state_axes(state, trained_axes),
         quantize.axes(axes, frozen),
+        chosen,
         table,
         devices,
     )
+
+
+def trained_parts(base: dict[str, Any], adapters: dict[str, Any]) -> dict[str, Any]:
+    """Returns the trained leaves of the model and the adapters, as in training/step.py.
+
+    Raises:
+      UserError: there are neither.
+    """
+    trainable = {name: tree for name, tree in (("params", base), ("adapters", adapters)) if tree}
+    if not trainable:
+        raise UserError("partition freezes everything and there are no adapters: nothing would train")
+    return trainable
+
+
+def starting_adapters(config: TrainConfig, params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the adapters before the first step: LoRA's, and the new vocabulary rows; to be traced.
+
+    Args:
+      config: the settings.
+      params: as the run holds them, quantised and cast: DoRA's magnitudes are the norms of the kernels in use.
+
+    Raises:
+      ValueError: a target that matches nothing, or more new rows than there are.
+    """
+    params = quantize.dequantize(params, jnp.float32)
+    adapters = lora.init(params, tuple(config.lora.values()), jax.random.key(config.seed + 1))
+    return adapters, new_rows.init(params, config.new_rows) if config.new_rows else {}
+
+
+def adapter_axes(axes: dict[str, Any], lora_adapters: dict[str, Any], rows: dict[str, Any]) -> dict[str, Any]:
+    """Returns the logical axes of both parts of `starting_adapters`, from those of the parameters."""
+    return partition.combine(lora.axes(axes, lora_adapters), new_rows.axes(rows))
+
+
+def subtree(tree: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
+    """Returns the leaves of `tree` at the paths of `like`."""
+    flat = paths.flatten(tree)
+    return paths.unflatten({path: flat[path] for path in paths.flatten(like)})
 
 
 def _size(tree: Any) -> str:

@@ -1,6 +1,7 @@
 """What a run is made of: model, parameters in their two parts, optimizer, state and step, each placed on the mesh."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,11 +18,10 @@ from idefics_jax.models.idefics2 import Idefics2
 from idefics_jax.param_transforms import lora, new_rows, partition, paths, quantize
 from idefics_jax.param_tree import abstract_params, probe_batch
 from idefics_jax.processor import Processor
-from idefics_jax.training.checkpoint import with_shardings
 from idefics_jax.training.config import TrainConfig
 from idefics_jax.training.initial import initial_params, load_processor, model_config
-from idefics_jax.training.optimizer import make_optimizer, peak_rates
-from idefics_jax.training.step import init_state, make_train_step, state_axes
+from idefics_jax.training.plan import Plan, lay_out, starting_adapters
+from idefics_jax.training.step import init_state, make_train_step
 
 # Flags of the TPU's compiler. Without the first, a product cut over devices becomes a loop of permutations around the
 # ring of each axis. With the others parameters are gathered while something else is computed, as on v5e by default.
@@ -39,32 +39,42 @@ class Run:
 
     Attributes:
       config: the settings.
-      model_config: sizes of the model.
       processor: tokenizer and image rules.
       mesh: where it runs.
-      optimizer: the gradient transformation.
-      table: every leaf with its shape, dtype, state, learning rate and decay, as text.
+      plan: sizes of the model, optimizer, and what trains.
       layout: every leaf with its logical axes, where they lie on the mesh and what a device holds of it, as text.
       abstract_state, abstract_frozen: shapes and shardings, for a restore.
       step: jitted `(state, frozen, batch) -> (state, metrics)`; the state is donated.
     """
 
     config: TrainConfig
-    model_config: Idefics2Config
     processor: Processor
     mesh: Mesh
-    optimizer: optax.GradientTransformation
-    table: str
+    plan: Plan
     layout: str
     abstract_state: dict[str, Any]
     abstract_frozen: dict[str, Any]
     step: Callable
 
-    def new_state(self, trainable: dict[str, Any]) -> dict[str, Any]:
-        """Returns the state before the first step, placed on the mesh; `trainable` is donated to it."""
-        shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
-        start = jax.jit(lambda tree: init_state(tree, self.optimizer), out_shardings=shardings, donate_argnums=0)
-        return start(trainable)
+    def start(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Makes or reads the weights to start from; returns the state before the first step and what is frozen.
+
+        Raises:
+          UserError: a folder of weights is damaged, or they do not fit the sizes.
+        """
+        config, shardings = self.config, jax.tree.map(lambda x: x.sharding, self.abstract_state)
+        # Nothing else refers to the weights, so that what is quantised makes room.
+        base, frozen = partition.split(initial_params(config, self.plan.sizes, self.mesh), self.plan.chosen)
+        frozen = quantize.cast(quantize.quantize(frozen, config.quantize), jnp.dtype(config.frozen_dtype))
+        trainable = {"params": base} if base else {}
+        if "adapters" in shardings["trainable"]:
+            make = jax.jit(
+                lambda tree: partition.combine(*starting_adapters(config, tree)),
+                out_shardings=shardings["trainable"]["adapters"],
+            )
+            trainable["adapters"] = make(partition.combine(base, frozen))
+        begin = jax.jit(lambda tree: init_state(tree, self.plan.optimizer), out_shardings=shardings, donate_argnums=0)
+        return begin(trainable), frozen
 
     def place(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
         """Puts this process's rows of a batch on the mesh."""
@@ -175,113 +185,40 @@ def jitted(step: Callable, places: Any, mesh: Mesh) -> Callable:
     return jax.jit(step, donate_argnums=0, out_shardings=(places, None), compiler_options=options)
 
 
-def assemble(config: TrainConfig, mesh: Mesh) -> tuple[Run, dict[str, Any], dict[str, Any]]:
-    """Builds everything a run needs, inside `sharding.use_mesh`.
-
-    Returns:
-      The run, and the two parts of the parameters it starts from: trainable (as in training/step.py) and frozen.
+def assemble(config: TrainConfig, mesh: Mesh) -> Run:
+    """Builds everything a run needs, inside `sharding.use_mesh`, from shapes: no weight is made or read.
 
     Raises:
       UserError: the parts of the config do not fit each other.
     """
     processor = load_processor(config)
     sizes, rules = model_config(config, processor), sharding.RULES[config.sharding]
-    shapes, axes = abstract_params(sizes)
-    model = make_model(config, sizes)
-    try:
-        params = initial_params(config, sizes, mesh)
-        planned = partition.combine(*jax.eval_shape(lambda tree: starting_adapters(config, tree), params))
-        chosen = partition.choose(params, planned, config.partition)
-        base, frozen = partition.split(params, chosen)
-        quantize.check_frozen(base, frozen, config.quantize)
-        frozen = quantize.cast(quantize.quantize(frozen, config.quantize), jnp.dtype(config.frozen_dtype))
-        adapters, names = make_adapters(config, partition.combine(base, frozen), axes, mesh)
-        trainable = trained_parts(base, adapters)
-        if adapters:
-            lora.assert_used(lambda tree: _traced_logits(model, shapes, tree), adapters)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    optimizer = make_optimizer(config.optimizer, trainable, chosen, config.steps)
-    rates = peak_rates(config.optimizer, trainable, chosen)
-    state_shapes = jax.eval_shape(lambda tree: init_state(tree, optimizer), trainable)
-    masters = state_shapes["trainable"].get("params", {})
-    trainable_axes = {"params": subtree(axes, base), "adapters": names}
-    state_places = sharding.tree_shardings(mesh, state_axes(state_shapes, trainable_axes), rules)
-    frozen_places = sharding.tree_shardings(mesh, quantize.axes(axes, frozen), rules)
-    step = make_step(config, sizes, optimizer, mesh)
-    leaves = ((masters, trainable_axes["params"]), (frozen, quantize.axes(axes, frozen)), (adapters, names))
+    plan = lay_out(config, sizes)
+    trained, axes = plan.state["trainable"], plan.state_axes["trainable"]
+    if "adapters" in trained:
+        try:
+            lora.assert_used(functools.partial(_traced_logits, make_model(config, sizes)), trained["adapters"])
+        except ValueError as error:
+            raise UserError(str(error)) from error
+    leaves = [(trained[name], axes[name]) for name in trained] + [(plan.frozen, plan.frozen_axes)]
     flat_shapes, flat_axes = (
         {path: leaf for pair in leaves for path, leaf in paths.flatten(pair[i]).items()} for i in range(2)
     )
-    run = Run(
+    state, frozen = plan.placed(mesh, rules)
+    places = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return Run(
         config=config,
-        model_config=sizes,
         processor=processor,
         mesh=mesh,
-        optimizer=optimizer,
-        table=partition.table(partition.combine(masters, frozen), adapters, chosen, rates),
+        plan=plan,
         layout=sharding.table(mesh, flat_shapes, flat_axes, rules),
-        abstract_state=with_shardings(state_shapes, state_places),
-        abstract_frozen=with_shardings(frozen, frozen_places),
-        step=jitted(step, state_places, mesh),
+        abstract_state=state,
+        abstract_frozen=frozen,
+        step=jitted(make_step(config, sizes, plan.optimizer, mesh), places, mesh),
     )
-    return run, trainable, frozen
 
 
-def trained_parts(base: dict[str, Any], adapters: dict[str, Any]) -> dict[str, Any]:
-    """Returns the trained leaves of the model and the adapters, as in training/step.py.
-
-    Raises:
-      UserError: there are neither.
-    """
-    trainable = {name: tree for name, tree in (("params", base), ("adapters", adapters)) if tree}
-    if not trainable:
-        raise UserError("partition freezes everything and there are no adapters: nothing would train")
-    return trainable
-
-
-def make_adapters(
-    config: TrainConfig, params: dict[str, Any], axes: dict[str, Any], mesh: Mesh
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the run's adapters as they start, on the mesh, and their logical axes.
-
-    Raises:
-      ValueError: a target that matches nothing, or more new rows than there are.
-    """
-    lora_shapes, row_shapes = jax.eval_shape(lambda tree: starting_adapters(config, tree), params)
-    names = adapter_axes(axes, lora_shapes, row_shapes)
-    places = sharding.tree_shardings(mesh, names, sharding.RULES[config.sharding])
-    start = jax.jit(lambda tree: partition.combine(*starting_adapters(config, tree)), out_shardings=places)
-    return start(params), names
-
-
-def adapter_axes(axes: dict[str, Any], lora_adapters: dict[str, Any], rows: dict[str, Any]) -> dict[str, Any]:
-    """Returns the logical axes of both parts of `starting_adapters`, from those of the parameters."""
-    return partition.combine(lora.axes(axes, lora_adapters), new_rows.axes(rows))
-
-
-def starting_adapters(config: TrainConfig, params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the adapters before the first step: LoRA's, and the new vocabulary rows; to be traced.
-
-    Args:
-      config: the settings.
-      params: as the run holds them, quantised and cast: DoRA's magnitudes are the norms of the kernels in use.
-
-    Raises:
-      ValueError: a target that matches nothing, or more new rows than there are.
-    """
-    params = quantize.dequantize(params, jnp.float32)
-    adapters = lora.init(params, tuple(config.lora.values()), jax.random.key(config.seed + 1))
-    return adapters, new_rows.init(params, config.new_rows) if config.new_rows else {}
-
-
-def _traced_logits(model: Idefics2, shapes: dict[str, Any], adapters: dict[str, Any]) -> jax.Array:
+def _traced_logits(model: Idefics2, adapters: dict[str, Any]) -> jax.Array:
     """The model's logits as a function of the adapters alone, to be traced, never run."""
-    params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract_params(model.config)[0])
     return model.apply({"params": params, "adapters": adapters}, probe_batch(model.config), method=Idefics2.full_logits)
-
-
-def subtree(tree: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
-    """Returns the leaves of `tree` at the paths of `like`."""
-    flat = paths.flatten(tree)
-    return paths.unflatten({path: flat[path] for path in paths.flatten(like)})

@@ -1,5 +1,6 @@
 """A run with every transform at once: it resumes to the bit, trains what its table says, gives back whole weights."""
 
+import contextlib
 import json
 import shutil
 
@@ -75,12 +76,25 @@ def whole(values, whole_folder):
     return run(values, whole_folder)
 
 
-def test_going_on_repeats_dropout_and_noise_to_the_bit(values, whole, whole_folder, tmp_path):
+@contextlib.contextmanager
+def without(folder, aside):
+    """Moves a folder aside for a while."""
+    folder.rename(aside)
+    try:
+        yield
+    finally:
+        aside.rename(folder)
+
+
+def test_going_on_repeats_dropout_and_noise_to_the_bit_and_reads_no_weight_to_start_from(
+    values, start, whole, whole_folder, tmp_path
+):
     workdir = epath.Path(tmp_path / "run")
     shutil.copytree(whole_folder, workdir)
     for name in ("model", "checkpoints/4"):
         (workdir / name).rmtree()
-    lines, params = run(values, workdir)
+    with without(start / "model" / "params" / "d", epath.Path(tmp_path / "aside")):
+        lines, params = run(values, workdir)
     # The last two steps were run again, and written again.
     assert lines[-2:] == whole[0][-2:]
     for path, leaf in params.items():
@@ -103,19 +117,17 @@ def test_what_the_table_freezes_is_the_base_and_old_rows_are_bit_identical(start
 
 def test_the_start_prints_state_rate_and_dtype_of_every_leaf(values):
     config = TrainConfig.from_config_dict(values)
-
     mesh = sharding.make_mesh(config.mesh)
     with sharding.use_mesh(mesh, sharding.RULES[config.sharding]):
-        run, trainable, frozen = assemble(config, mesh)
-    rows = {line.split()[0]: line.split()[2:] for line in run.table.splitlines()[1:-1]}
+        run = assemble(config, mesh)
+    rows = {line.split()[0]: line.split()[2:] for line in run.plan.table.splitlines()[1:-1]}
     rate = config.optimizer.learning_rate
     assert rows["text_model/layers/mlp/up_proj/kernel"] == ["int8", "frozen"]
     assert rows["text_model/layers/mlp/up_proj/kernel_scale"] == ["float32", "frozen"]
     assert rows["text_model/layers/mlp/up_proj/lora_magnitude"] == ["float32", "trainable", f"{rate:.3g}", "0"]
     assert rows["connector/modality_projection/up_proj/kernel"][1:] == ["trainable", f"{rate / 2:.3g}", "0.1"]
     assert rows["text_model/lm_head/new_rows"][1:] == ["trainable", f"{rate / 10:.3g}", "0"]
-    leaves = len(jax.tree.leaves(trainable)) + len(jax.tree.leaves(frozen))
-    assert len(rows) == leaves
+    assert len(rows) == len(jax.tree.leaves((run.abstract_state["trainable"], run.abstract_frozen)))
 
 
 def trained_a_little(trainable):
@@ -128,9 +140,11 @@ def test_the_adapted_model_starts_as_the_quantised_and_cast_base(values, frozen_
     config = TrainConfig.from_config_dict({**values, "frozen_dtype": frozen_dtype})
     mesh = sharding.make_mesh(config.mesh)
     with sharding.use_mesh(mesh, sharding.RULES[config.sharding]):
-        run, trainable, frozen = assemble(config, mesh)
+        run = assemble(config, mesh)
+        state, frozen = run.start()
+        trainable = state["trainable"]
         adapted = variables(trainable, frozen, tuple(config.lora.values()))
-        model, batch = Idefics2(run.model_config), probe_batch(run.model_config)
+        model, batch = Idefics2(run.plan.sizes), probe_batch(run.plan.sizes)
         logits = jax.jit(lambda tree: model.apply(tree, batch, method=Idefics2.full_logits))
         base, whole = logits({"params": adapted["params"]}), logits(adapted)
         np.testing.assert_allclose(whole, base, atol=1e-5 * np.abs(base).max())

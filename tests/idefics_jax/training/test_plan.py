@@ -33,9 +33,15 @@ def test_a_plan_tells_what_the_start_of_the_run_tells(adapted):
     lines = str(plan(config)).splitlines()
     mesh = sharding.make_mesh(config.mesh)
     with sharding.use_mesh(mesh, sharding.RULES[config.sharding]):
-        run, trainable, frozen = assemble(config, mesh)
-        state = run.new_state(trainable)
-    assert lines[:-4] == run.table.splitlines()
+        run = assemble(config, mesh)
+        state, frozen = run.start()
+    assert lines[:-4] == run.plan.table.splitlines()
+    # What a resumed run restores is what a new one begins with.
+    for made, restored in zip(
+        *map(jax.tree.leaves, ((state, frozen), (run.abstract_state, run.abstract_frozen))), strict=True
+    ):
+        assert (made.shape, made.dtype) == (restored.shape, restored.dtype)
+        assert made.sharding.is_equivalent_to(restored.sharding, made.ndim)
     for line, tree in zip(lines[-4:-1], (frozen, state["trainable"], state["opt_state"]), strict=True):
         assert f": {sum(leaf.nbytes for leaf in jax.tree.leaves(tree)):,} bytes (" in line
 
