@@ -226,7 +226,7 @@ def test_a_run_with_a_learning_rate_that_diverges_is_stopped_and_its_last_good_c
         assert lines[0][f"train/update_norm/{part}"] > 0
     for step in left[1:]:
         shutil.rmtree(tmp_path / "checkpoints" / str(step))
-    values["optimizer"]["learning_rate"] = 1e-3
+    values["optimizer"]["learning_rate"], values["checkpoint_every"] = 1e-3, 20
     assert train(TrainConfig.from_config_dict(values), values, epath.Path(tmp_path))
     values["optimizer"]["learning_rate"] = 1e-4
     with pytest.raises(UserError, match="other settings"):
