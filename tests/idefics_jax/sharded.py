@@ -3,6 +3,7 @@
 A program of its own because the number of devices is settled once a process, and the other tests want one.
 """
 
+import gc
 import json
 import sys
 from typing import Any
@@ -34,6 +35,7 @@ CHUNK, STEPS = 16, 3
 
 
 def main() -> None:
+    gc.set_threshold(100_000, 20, 100)  # as in conftest.py
     jax.config.update("jax_num_cpu_devices", 8)
     batch = fake_batch(SHAPE, vocab_size=64, image_token_id=62, num_latents=2, positions_per_side=8, seed=0)
     # All of one magnitude, so that every weight matters; rows and documents of unequal length stay.
