@@ -14,7 +14,7 @@ POSITIONS = 70  # 980 pixels in patches of 14 (paper; code)
 
 # As in stage 1. On v5e the base, which is read alone, is bfloat16: what stage 1 added is in it, rounded.
 ROOM = {
-    "v4": {"remat": "full", "vision_remat": "full", "rows_a_device": 1},
+    "v4": {"remat": "linear", "vision_remat": "full", "rows_a_device": 1},
     "v5e": {"remat": "full", "vision_remat": "full", "rows_a_device": 1, "frozen_dtype": "bfloat16"},
     "v5p": {"remat": "linear", "vision_remat": "linear", "rows_a_device": 1},
 }
