@@ -89,7 +89,7 @@ def run_here(sweep: Sweep, numbers: list[int]) -> list[int]:
     Raises:
       UserError: the data or what all start from failed, or a run could not start (Sweep.rehearse).
     """
-    started, failed = time.monotonic(), []
+    failed = []
     numbers = [number for number in numbers if not is_done(sweep, number)]
     if not numbers:
         return []
@@ -98,6 +98,7 @@ def run_here(sweep: Sweep, numbers: list[int]) -> list[int]:
     sweep.rehearse(numbers, pretrains=pretrains, here=devices.found())
     if pretrains:
         pretrain(sweep)
+    started = time.monotonic()
     for done, number in enumerate(numbers):
         spent = time.monotonic() - started
         left = f", about {spent / done * (len(numbers) - done) / 60:.0f} min left" if done else ""
