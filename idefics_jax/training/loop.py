@@ -156,7 +156,7 @@ def start(
     print(f"{run.plan.table}\n\n{run.layout}", flush=True)
     restored = checkpoints.restore(run.abstract_state, data)
     if restored is None:
-        state, frozen = run.start()
+        state, frozen = run.first_state()
         checkpoints.save_frozen(frozen)
         print(f"new run in {workdir}: {run.config.steps} steps", flush=True)
         return state, frozen, None

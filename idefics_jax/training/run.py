@@ -56,7 +56,7 @@ class Run:
     abstract_frozen: dict[str, Any]
     step: Callable
 
-    def start(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    def first_state(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Makes or reads the weights to start from; returns the state before the first step and what is frozen.
 
         Raises:

@@ -141,7 +141,7 @@ def test_the_adapted_model_starts_as_the_quantised_and_cast_base(values, frozen_
     mesh = sharding.make_mesh(config.mesh)
     with sharding.use_mesh(mesh, sharding.RULES[config.sharding]):
         run = assemble(config, mesh)
-        state, frozen = run.start()
+        state, frozen = run.first_state()
         trainable = state["trainable"]
         adapted = variables(trainable, frozen, tuple(config.lora.values()))
         model, batch = Idefics2(run.plan.sizes), probe_batch(run.plan.sizes)

@@ -34,7 +34,7 @@ def test_a_plan_tells_what_the_start_of_the_run_tells(adapted):
     mesh = sharding.make_mesh(config.mesh)
     with sharding.use_mesh(mesh, sharding.RULES[config.sharding]):
         run = assemble(config, mesh)
-        state, frozen = run.start()
+        state, frozen = run.first_state()
     assert lines[:-4] == run.plan.table.splitlines()
     # What a resumed run restores is what a new one begins with.
     for made, restored in zip(
