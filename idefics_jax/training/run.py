@@ -87,11 +87,14 @@ class Run:
         What they are merged into stays float32, whatever the dtype of the base: a shorter one would round away most of
         what little they add.
         """
-        params = partition.combine(trainable.get("params", {}), frozen)
-        params = quantize.dequantize(params, jnp.dtype(self.config.frozen_dtype))
         adapters = trainable.get("adapters", {})
         merged = {f"{module}/kernel" for module in lora.adapted_modules(adapters)} | set(new_rows.tables(adapters))
-        params = paths.map_paths(lambda path, leaf: leaf.astype(jnp.float32) if path in merged else leaf, params)
+        # int8 kernels, too, are multiplied out in float32 and shortened only where nothing is added to them.
+        held = paths.flatten(partition.combine(trainable.get("params", {}), frozen))
+        short = {path for path in held if f"{paths.parent(path)}/kernel_scale" in held} - merged
+        params = quantize.dequantize(paths.unflatten(held), jnp.float32)
+        dtypes = dict.fromkeys(short, jnp.dtype(self.config.frozen_dtype)) | dict.fromkeys(merged, jnp.float32)
+        params = paths.map_paths(lambda path, leaf: leaf.astype(dtypes.get(path, leaf.dtype)), params)
         return new_rows.merge(lora.merge(params, adapters, tuple(self.config.lora.values())), adapters)
 
 

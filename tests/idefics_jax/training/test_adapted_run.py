@@ -5,6 +5,7 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
@@ -12,7 +13,7 @@ from etils import epath
 from idefics_jax import sharding
 from idefics_jax.convert.orbax import load_model
 from idefics_jax.models.idefics2 import Idefics2
-from idefics_jax.param_transforms import paths
+from idefics_jax.param_transforms import paths, quantize
 from idefics_jax.param_tree import probe_batch
 from idefics_jax.training.config import TrainConfig
 from idefics_jax.training.loop import train
@@ -155,3 +156,8 @@ def test_the_adapted_model_starts_as_the_quantised_and_cast_base(values, frozen_
         gained = np.abs(np.asarray(last[path]) - np.asarray(before[path], np.float32))
         assert 0 < gained.max() < 1e-5, "in bfloat16 a weight of 0.02 moves by no less than 6e-5"
     assert last["text_model/norm/scale"].dtype == frozen_dtype
+    # An int8 kernel, too: multiplied out in bfloat16 it would be off by up to 2e-3 of itself.
+    path = "text_model/layers/mlp/up_proj/kernel"
+    held = paths.flatten(quantize.dequantize(adapted["params"], jnp.float32))[path]
+    assert last[path].dtype == np.float32
+    np.testing.assert_allclose(last[path], held, atol=1e-5 * np.abs(held).max())
