@@ -1,7 +1,8 @@
 """Adapters to and from a PEFT folder: adapter_config.json and adapter_model.safetensors, as peft 0.21 writes them.
 
 A stack of layers is cut into PEFT's one module a layer. New vocabulary rows are PEFT's `trainable_token_indices`, and a
-part that trained in full beside the adapters is one of its `modules_to_save`. What PEFT has no words for is refused by
+part that trained in full beside the adapters is one of its `modules_to_save`, as is a head with both LoRA and new rows,
+merged. What PEFT has no words for is refused by
 name; the merged model (`to-hf`) holds everything.
 """
 
@@ -100,9 +101,11 @@ def save_adapter(
     Raises:
       UserError: PEFT cannot say this; nothing is written.
     """
-    if not lora.adapted_modules(adapters):
+    chosen = lora.targets(lora.adapted_modules(adapters), spec) if lora.adapted_modules(adapters) else {}
+    adapters, trained, params = _with_whole_tables(adapters, chosen, trained, params)
+    chosen = {module: chosen[module] for module in lora.adapted_modules(adapters)}
+    if not chosen:
         raise UserError(f"there are no LoRA adapters, which a PEFT folder needs; {MERGE}")
-    chosen = lora.targets(lora.adapted_modules(adapters), spec)
     modules = _whole_modules(trained, adapters)
     settings = _settings(chosen, adapters, config)
     settings |= {"base_model_name_or_path": base, "modules_to_save": [WHOLE_MODULES[name] for name in modules] or None}
@@ -117,6 +120,26 @@ def save_adapter(
         if jax.process_index() == 0:
             (aside / WEIGHTS).write_bytes(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
             (aside / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+
+def _with_whole_tables(
+    adapters: Mapping[str, Any], chosen: Mapping[str, lora.LoraTarget], trained: Mapping[str, Any], params: Mapping
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Returns adapters, trained and params with each table that has LoRA and new rows merged, as if trained in full.
+
+    PEFT knows one or the other of a module.
+    """
+    flat, trained, params = paths.flatten(adapters), paths.flatten(trained), paths.flatten(params)
+    for module in new_rows.TABLES:
+        if not {f"{module}/lora_A", f"{module}/{new_rows.NAME}"} <= set(flat):
+            continue
+        own = paths.unflatten({path: flat.pop(path) for path in list(flat) if paths.parent(path) == module})
+        table = paths.unflatten({path: params.pop(path) for path in list(params) if paths.parent(path) == module})
+        table = jax.tree.map(lambda x: x.astype(jnp.float32), quantize.dequantize(table, jnp.float32))
+        target = dataclasses.replace(chosen[module], pattern=re.escape(module))
+        merged = paths.flatten(new_rows.merge(lora.merge(table, own, (target,)), own))
+        trained, params = trained | merged, params | merged
+    return paths.unflatten(flat), paths.unflatten(trained), paths.unflatten(params)
 
 
 def about(folder: epath.PathLike) -> str:
@@ -166,8 +189,6 @@ def _row_indices(adapters: Mapping[str, Any], config: Idefics2Config) -> dict[st
         rows = flat.get(f"{module}/{new_rows.NAME}")
         if rows is None:
             continue
-        if f"{module}/lora_A" in flat:
-            raise UserError(f"{module!r} has both new rows and LoRA, PEFT knows one or the other; {MERGE}")
         count = rows.shape[0 if name == "embedding" else 1]
         indices[module.rpartition("/")[2]] = list(range(size - count, size))
     return indices or None

@@ -90,6 +90,18 @@ def test_peft_loads_what_we_write_and_we_load_it_back(twin, documents, dora, tmp
     jax.tree.map(np.testing.assert_array_equal, back.merge(twin.params), merged)
 
 
+def test_a_head_with_lora_and_new_rows_is_written_whole(twin, documents, tmp_path):
+    """As the recipes train it; PEFT knows one or the other of a module."""
+    targets = (*spec(True)[:1], lora.LoraTarget("text_model/lm_head", 2, 3.0, dora=True))
+    adapters = adapters_for(twin.params, targets, rows=3)
+    save_adapter(tmp_path, adapters, targets, {}, twin.params, twin.config, base="somewhere")
+    merged = new_rows.merge(lora.merge(twin.params, adapters, targets), adapters)
+    assert_close(merged_logits(twin, merged, documents), peft_logits(twin, tmp_path, documents), WHOLE)
+    settings = json.loads((tmp_path / CONFIG).read_text())
+    assert (settings["modules_to_save"], list(settings["trainable_token_indices"])) == (["lm_head"], ["embed_tokens"])
+    jax.tree.map(np.testing.assert_array_equal, load_adapter(tmp_path, twin.config).merge(twin.params), merged)
+
+
 @pytest.mark.parametrize(("dora", "rslora"), [(False, True), (True, False)], ids=["rslora", "dora"])
 def test_we_load_what_peft_writes(twin, documents, dora, rslora, tmp_path):
     config = peft.LoraConfig(
@@ -282,11 +294,9 @@ def test_a_folder_that_is_not_right_is_named(twin, damage, message, tmp_path):
 
 def test_what_peft_has_no_words_for_is_refused_by_name(twin, tmp_path):
     mixed = (spec(True)[0], spec(False)[1])
-    head = (lora.LoraTarget("text_model/lm_head", 2, 1.0),)
     patches = (lora.LoraTarget("vision_model/embeddings/.*", 2, 1.0),)
     for targets, rows, message in (
         (mixed, 0, "some adapters are DoRA and some are not"),
-        (head, 3, "'text_model/lm_head' has both new rows and LoRA"),
         (patches, 0, "'vision_model/embeddings/patch_embedding' is on a convolution"),
         ((), 3, "there are no LoRA adapters"),
     ):
