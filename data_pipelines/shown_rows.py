@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from idefics_jax.batch import Batch
+from idefics_jax.images import position_ids
 from idefics_jax.processor import Processor
 
 TRAINED, OTHER, PADDING = (0, 120, 40), (120, 120, 120), (190, 190, 190)
@@ -83,7 +84,13 @@ def image_of(batch: Batch, row: int, image: int, processor: Processor) -> np.nda
     here = batch["patch_image_ids"][row] == image + 1
     patches, positions = batch["patches"][row][here], batch["patch_positions"][row][here]
     size, side = processor.image_rules.patch_size, processor.image_rules.positions_per_side
-    rows = len(np.unique(positions // side))
+    # Neighbours may share a position, so the sides are those that give these positions.
+    count = len(positions)
+    rows = next(
+        rows
+        for rows in range(1, count + 1)
+        if count % rows == 0 and np.array_equal(position_ids(rows, count // rows, side), positions)
+    )
     grid = patches.reshape(rows, -1, size, size, 3)
     return grid.swapaxes(1, 2).reshape(rows * size, -1, 3)
 

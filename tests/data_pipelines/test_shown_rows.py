@@ -9,7 +9,7 @@ from PIL import Image as PilImage
 from data_pipelines import cauldron, obelics
 from data_pipelines import shown_rows as show
 from data_pipelines.pipeline import batches
-from idefics_jax.images import decode
+from idefics_jax.images import decode, position_ids
 from tests.data_pipelines.pictures import png
 
 
@@ -49,6 +49,19 @@ def test_an_image_is_put_together_to_the_pixels_it_had(one_source, processor):
     batch = first(one_source([row], "cauldron", cauldron.SCHEMA, lookahead=1), processor)
     wanted = np.asarray(decode(png(70, 42), processor.image_rules))
     np.testing.assert_array_equal(show.image_of(batch, 0, 0, processor), wanted)
+
+
+def test_an_image_whose_rows_share_a_position_is_put_together(processor):
+    """The reference gives two rows of 25 the same position."""
+    processor, size = processor.with_image_rules({"positions_per_side": 25}), processor.image_rules.patch_size
+    assert len(set(position_ids(25, 1, 25))) < 25
+    pixels = np.random.default_rng(0).integers(0, 256, (25 * size, 19 * size, 3), np.uint8)
+    batch = {
+        "patches": pixels.reshape(25, size, 19, size, 3).swapaxes(1, 2).reshape(1, 1, 25 * 19, -1),
+        "patch_positions": position_ids(25, 19, 25)[None, None],
+        "patch_image_ids": np.ones((1, 1, 25 * 19), np.int32),
+    }
+    np.testing.assert_array_equal(show.image_of(batch, 0, 0, processor), pixels)
 
 
 def test_the_picture_has_each_colour_where_it_belongs(one_source, processor, tmp_path):
