@@ -9,6 +9,7 @@ import sys
 import weakref
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
@@ -20,8 +21,9 @@ from idefics_jax.convert.orbax import load_model
 from idefics_jax.errors import UserError
 from idefics_jax.param_transforms import paths
 from idefics_jax.training.config import TrainConfig
+from idefics_jax.training.initial import from_sections
 from idefics_jax.training.loop import RUN_FILE, check_same_run, record_run, train
-from idefics_jax.training.run import micro_batches
+from idefics_jax.training.run import make_model, micro_batches
 from tests.idefics_jax.training.small_run import config_file
 
 LEARNT = ("train/loss", "train/accuracy", "train/grad_norm", "train/token_fill", "train/patch_fill")
@@ -235,6 +237,13 @@ def test_a_run_that_goes_on_in_the_data_of_another_is_resumed_without_it(values,
     for gone in ("first", "second/checkpoints/8", "second/model"):
         shutil.rmtree(tmp_path / gone)
     assert run(values, tmp_path / "second")[0] == whole[0]
+
+
+def test_the_model_that_trains_is_as_the_settings_say(small_values):
+    said = {"dtype": "bfloat16", "remat": "full", "vision_remat": "linear", "neftune_alpha": 5.0}
+    config = TrainConfig.from_config_dict({**small_values, **said})
+    model = make_model(config, from_sections(config, image_token_id=1))
+    assert {name: getattr(model, name) for name in said} == {**said, "dtype": jnp.bfloat16}
 
 
 @pytest.mark.parametrize(("rows", "most", "parts"), [(16, 1, 16), (16, 4, 4), (16, 64, 1), (12, 5, 3), (7, 2, 7)])

@@ -5,9 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from idefics_jax.param_transforms import partition
+from idefics_jax.param_transforms import partition, paths
 from idefics_jax.param_transforms.partition import Rule
 from idefics_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule, peak_rates
 
@@ -49,6 +50,31 @@ def test_each_row_of_the_table_has_its_own_rate_and_decay(name):
         for tx in (optimizer, make_optimizer(config, PARAMS, once, 10))
     )
     np.testing.assert_allclose(first, 2.0 * wanted, rtol=1e-6)
+
+
+def test_three_steps_are_those_of_clipped_adamw_reckoned_by_hand():
+    """Loshchilov and Hutter's update, with the gradient's global norm brought down to the bound before it."""
+    config = dataclasses.replace(CONFIG, learning_rate=0.1, warmup_steps=0, schedule="constant", clip_norm=0.5)
+    rule = Rule(".*", "trainable", 1.0, 0.01)
+    optimizer = make_optimizer(config, PARAMS, partition.choose(PARAMS["params"], {}, (rule,)), 10)
+    state, params = optimizer.init(PARAMS), PARAMS
+    by_hand = {path: np.asarray(x, np.float64) for path, x in paths.flatten(PARAMS).items()}
+    first = second = dict.fromkeys(by_hand, 0.0)
+    for step in (1, 2, 3):
+        grads = jax.tree.map(lambda x: jax.random.normal(jax.random.key(step + x.size), x.shape) / step**3, PARAMS)  # noqa: B023
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        flat = {path: np.asarray(x, np.float64) for path, x in paths.flatten(grads).items()}
+        norm = np.sqrt(sum((g**2).sum() for g in flat.values()))
+        assert (norm > 0.5) == (step < 3), "the last is not clipped"
+        flat = {path: g * min(1.0, 0.5 / norm) for path, g in flat.items()}
+        first = {path: 0.9 * first[path] + 0.1 * g for path, g in flat.items()}
+        second = {path: 0.95 * second[path] + 0.05 * g**2 for path, g in flat.items()}
+        for path, x in by_hand.items():
+            mean, square = first[path] / (1 - 0.9**step), second[path] / (1 - 0.95**step)
+            by_hand[path] = x - 0.1 * (mean / (np.sqrt(square) + 1e-8) + 0.01 * x)
+    for path, x in paths.flatten(params).items():
+        np.testing.assert_allclose(x, by_hand[path], rtol=1e-5, err_msg=path)
 
 
 def test_peak_rates_are_those_of_the_updates():

@@ -88,6 +88,23 @@ def test_every_trainable_leaf_moves_and_the_loss_falls(variant, name):
     assert int(state["step"]) == 12
 
 
+def all_shapes(jaxpr):
+    """The shapes of everything that a traced program makes, also within its loops."""
+    for equation in jaxpr.eqns:
+        yield from (out.aval.shape for out in equation.outvars)
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from all_shapes(inner)
+
+
+def test_logits_exist_for_no_more_positions_than_a_chunk_has():
+    step, state, frozen = setup("lora", 1)
+    vocabulary, rows, chunk = tiny.CONFIG.text_config.vocab_size, tiny.SHAPE.rows, 8
+    shapes = all_shapes(jax.make_jaxpr(step)(state, frozen, tiny.batch(0)).jaxpr)
+    assert max(np.prod(shape) for shape in shapes if shape[-1:] == (vocabulary,)) == rows * chunk * vocabulary
+
+
 def test_bf16_arithmetic_keeps_float32_masters():
     trainable, frozen, _, chosen = parts("lora")
     frozen = jax.tree.map(lambda x: x.astype(jnp.bfloat16), frozen)
