@@ -18,7 +18,8 @@ import numpy as np
 
 from idefics_jax.errors import UserError
 
-# Losses that "usual" is the median of, and how many must be known before a spike is told.
+# Losses that "usual" is the median of, and how many must be known before a spike is told; as many that are far up at
+# the end of a run are no spike.
 HISTORY, ENOUGH = 100, 20
 # A spike is this many robust standard deviations above the usual loss, and this share of it.
 DEVIATIONS, LEAST_RISE = 6.0, 0.1
@@ -148,6 +149,15 @@ class LossWatch:
         if self._window:
             self._follow(step, loss, documents)
 
+    def end(self) -> None:
+        """Judges a loss that is far up at the last step as if it had stayed so, if it has been for longer than a spike.
+
+        Raises:
+          Diverged: see `see`.
+        """
+        if self._window and self._seen.up >= min(self._window, ENOUGH):
+            self._judge(self._seen.history[-min(self._seen.up, self._window) :])
+
     def _tell_spike(self, step: int, loss: float, documents: Sequence[str]) -> None:
         seen = self._seen
         known = seen.history[-HISTORY:]
@@ -219,7 +229,7 @@ class LossWatch:
     def _data_raised(self, loss: float) -> bool:
         """Whether a rise to `loss` came with a change of the data: with it, or by what the new data had at first."""
         losses, sources = zip(*self._seen.steps, strict=True)
-        began = len(losses) - self._window
+        began = len(losses) - min(self._seen.up, self._window)
         names = sorted(set().union(*sources))
         counts = np.array([[step.get(name, 0) for name in names] for step in sources])
         odds = _change_odds(counts)

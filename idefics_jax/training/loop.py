@@ -180,7 +180,8 @@ def steps(
       The state, and whether the last step was reached.
 
     Raises:
-      UserError: a step was not finite, or the loss has diverged. Nothing is saved from then on.
+      UserError: a step was not finite, or the loss has diverged. Nothing is saved from then on, but for a loss that is
+        up at the last step, which is judged after that is saved.
     """
     config, step = run.config, int(state["step"])
     rate = make_schedule(config.optimizer, config.optimizer.learning_rate, config.steps)
@@ -205,6 +206,8 @@ def steps(
             del packed  # it is on the devices; while the next is waited for, one more is made
         with naming_the_last_checkpoint(checkpoints):
             checkpoints.save(step, state, data, progress.state(), sound=progress.sound)
+            if step == config.steps:
+                progress.end()
     return state, step == config.steps
 
 

@@ -78,6 +78,10 @@ class Progress:
         """
         return {"interval": self.interval(), "watch": self._watch.state()}
 
+    def end(self) -> None:
+        """Judges how the run ends, once `interval` has seen its last step; raises Stopped: see LossWatch.end."""
+        self._watch.end()
+
     @property
     def sound(self) -> int | None:
         """The last number of steps from before the loss rose far, while it is up, as `interval` last saw it."""

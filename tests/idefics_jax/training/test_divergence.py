@@ -1,5 +1,6 @@
 """A run that goes wrong says so: spikes are named once, changed data is not divergence, divergence stops the run."""
 
+import contextlib
 import json
 import shutil
 
@@ -231,6 +232,32 @@ def test_a_run_with_a_learning_rate_that_diverges_is_stopped_and_its_last_good_c
     values["optimizer"]["learning_rate"] = 1e-4
     with pytest.raises(UserError, match="other settings"):
         train(TrainConfig.from_config_dict(values), values, epath.Path(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("losses", "says"),
+    [
+        pytest.param(np.r_[6.2, 10, 30, np.full(57, 45.0)] + 0.1 * NOISE[:60], "rose at step [123] ", id="short-run"),
+        pytest.param(np.r_[falling(205), np.full(95, 11.0)], "rose at step 205 ", id="near-the-end"),
+        pytest.param(np.r_[falling(205), np.full(10, 11.0)], None, id="a-spike-at-the-end"),
+        pytest.param(falling(300), None, id="an-ordinary-loss"),
+        pytest.param(np.r_[falling(205), np.geomspace(11, 2, 95)], None, id="on-its-way-back"),
+    ],
+)
+def test_a_loss_that_is_up_when_the_run_ends_is_said(losses, says):
+    watch = LossWatch(100, None, vocabulary=500)
+    follow(watch, losses)
+    with pytest.raises(Diverged, match=says) if says else contextlib.nullcontext():
+        watch.end()
+    never = LossWatch(0, watch.state(), vocabulary=500)
+    never.end()
+
+
+def test_other_data_may_end_a_run_with_a_higher_loss():
+    watch = LossWatch(100, None, vocabulary=VOCABULARY)
+    follow(watch, NOISY_TWO)
+    follow(watch, NOISY_TWO[:60] + 1.3, first=200, source="other")
+    watch.end()
 
 
 def test_without_a_checkpoint_from_before_the_message_says_so(tmp_path):

@@ -98,6 +98,21 @@ def test_a_finished_run_run_again_changes_nothing(values, unbroken, unbroken_fol
     jax.tree.map(np.testing.assert_array_equal, params, unbroken[1])
 
 
+def test_a_run_that_ends_with_its_loss_far_up_is_not_finished(values, unbroken, unbroken_folder, tmp_path):
+    shutil.copytree(unbroken_folder, tmp_path / "run")
+    for name in ("model", "summary.json"):
+        (shutil.rmtree if name == "model" else os.remove)(tmp_path / "run" / name)
+    meta = tmp_path / "run" / "checkpoints" / "8" / "meta" / "metadata"
+    saved = json.loads(meta.read_text())
+    # As after more steps than this run has.
+    saved["progress"]["watch"] |= {"up": 30, "began": 6, "level": 2.0, "limit": 3.0, "history": [9.0] * 30}
+    saved["progress"]["watch"]["steps"] = [(2.0, {"pairs": 4})] * 5 + [(9.0, {"pairs": 4})] * 30
+    meta.write_text(json.dumps(saved))
+    with pytest.raises(UserError, match=r"diverged: it rose at step 6 .*good checkpoint is .*/4 \(remove .* 8, to"):
+        run(values, tmp_path / "run")
+    assert not (tmp_path / "run" / "model").exists()
+
+
 def test_a_loss_that_is_not_finite_names_step_documents_and_checkpoint(values, tmp_path):
     values["optimizer"]["learning_rate"] = 1e12
     values["optimizer"]["warmup_steps"] = 0
