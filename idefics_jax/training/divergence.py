@@ -23,8 +23,9 @@ from idefics_jax.errors import UserError
 HISTORY, ENOUGH = 100, 20
 # A spike is this many robust standard deviations above the usual loss, and this share of it.
 DEVIATIONS, LEAST_RISE = 6.0, 0.1
-# Far up: above the best mean by this share of it, by this many of the standard deviations that noise gives the
-# difference of a loss from it, and by this many nats; of a small mean, by this many times itself, but some nats still.
+# Far up: above the larger of a guess and the first loss by this share; or above the best mean by this share of it, by
+# this many of the standard deviations that noise gives the difference of a loss from it, and by this many nats; of a
+# small mean, by this many times itself, but some nats still.
 FAR, FAR_DEVIATIONS = 0.5, 2.0
 FAR_NATS, FAR_TIMES, LEAST_NATS = 0.5, 2.0, 0.1
 # Share of a window that may be lower without the loss being down again, and what "on its way back" takes in a window.
@@ -207,6 +208,8 @@ class LossWatch:
             limit = _far_above(mean, noise, count)
             if limit < seen.limit:
                 seen.level, seen.limit = mean, limit
+        # However noisy: a loss that has diverged is.
+        seen.limit = min(seen.limit, (1 + FAR) * max(self._guess, seen.first))
 
     def _judge(self, recent: list[float]) -> None:
         """Stops the run, unless the loss is on its way back or the data is other data, whose loss is its own."""

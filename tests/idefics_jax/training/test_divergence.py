@@ -234,11 +234,17 @@ def test_a_run_with_a_learning_rate_that_diverges_is_stopped_and_its_last_good_c
         train(TrainConfig.from_config_dict(values), values, epath.Path(tmp_path))
 
 
+# Of the tests' small run.
+AT_A_RATE_OF_3 = [5.9, 5.1, 4.6, 6.7, 6.9, 11.4, 9.5, 10.2, 27.0, 15.7, 14.1, 20.0, 27.1, 34.6, 25.3, 31.1, 22.2, 56.1]
+AT_A_RATE_OF_3 += [33.2, 52.1, 48.1, 31.6, 44.5, 43.6, 54.3, 29.3, 42.8, 51.4, 25.9, 36.3, 44.3, 50.7, 45.1, 40.0, 44.8]
+
+
 @pytest.mark.parametrize(
     ("losses", "says"),
     [
         pytest.param(np.r_[6.2, 10, 30, np.full(57, 45.0)] + 0.1 * NOISE[:60], "rose at step [123] ", id="short-run"),
         pytest.param(np.r_[falling(205), np.full(95, 11.0)], "rose at step 205 ", id="near-the-end"),
+        pytest.param(AT_A_RATE_OF_3, "rose at step 5 ", id="noisier-than-it-was-low"),
         pytest.param(np.r_[falling(205), np.full(10, 11.0)], None, id="a-spike-at-the-end"),
         pytest.param(falling(300), None, id="an-ordinary-loss"),
         pytest.param(np.r_[falling(205), np.geomspace(11, 2, 95)], None, id="on-its-way-back"),
