@@ -259,9 +259,11 @@ def load_adapter(folder: epath.PathLike, config: Idefics2Config) -> Adapter:
                 spec.append(dataclasses.replace(found[1], pattern=re.escape(module)))
         if module in new_rows.TABLES:
             flat |= _read_rows(leaf, tensors, settings, config, used)
-        if set(leaf.names) <= set(tensors):
-            layers = [leaf.rule.op.to_ours(_read(tensors, name, leaf.hf_shape, used)) for name in leaf.names]
-            params[leaf.rule.ours] = np.stack(layers) if leaf.rule.stacked else layers[0]
+        # Of a head that it adapts peft saves what lies under the adapter, too.
+        for names in (leaf.names, [name.removesuffix("weight") + "base_layer.weight" for name in leaf.names]):
+            if set(names) <= set(tensors):
+                layers = [leaf.rule.op.to_ours(_read(tensors, name, leaf.hf_shape, used)) for name in names]
+                params[leaf.rule.ours] = np.stack(layers) if leaf.rule.stacked else layers[0]
     unknown = sorted(set(tensors) - used)
     if unknown:
         raise UserError(

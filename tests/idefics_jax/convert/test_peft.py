@@ -127,6 +127,16 @@ def test_we_load_what_peft_writes(twin, documents, dora, rslora, tmp_path):
     assert_close(merged_logits(twin, adapter.merge(twin.params), documents), theirs, WHOLE)
 
 
+def test_a_head_that_peft_adapted_is_read_with_what_lies_under_it(twin, documents, tmp_path):
+    config = peft.LoraConfig(r=2, lora_alpha=4, init_lora_weights=False, target_modules=["q_proj", "lm_head"])
+    model = peft.get_peft_model(reference.twin().hf, config).eval()
+    model.save_pretrained(tmp_path)
+    assert f"{PREFIX}lm_head.base_layer.weight" in load_file(tmp_path / WEIGHTS)
+    adapter = load_adapter(tmp_path, twin.config)
+    theirs = peft_logits(twin, tmp_path, documents)
+    assert_close(merged_logits(twin, adapter.merge(twin.params), documents), theirs, WHOLE)
+
+
 def test_an_adapter_that_changed_its_base_is_read_once_peft_has_converted_it(twin, documents, tmp_path):
     config = peft.LoraConfig(r=2, lora_alpha=4, init_lora_weights="pissa", target_modules=["q_proj", "down_proj"])
     model = peft.get_peft_model(reference.twin().hf, config).eval()
