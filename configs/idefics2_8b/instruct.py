@@ -12,8 +12,8 @@ from configs.idefics2_8b import stage1, stage2
 
 # Set: conversations, as many as the paper's Table 14 counts images, and how often each is seen while VSR, AI2D, TQA and
 # Inter-GPS are seen four times (code, its mixture of that time). With Table 14's answer tokens that gives the shares of
-# answer tokens which Table 14 tells, within 0.03 %; Localized Narratives come to 4.38 % where it says 4.56. Reckoned with
-# all turns: where an image has more than TURNS keeps (DVQA, CLEVR, PlotQA), a set's share is smaller.
+# answer tokens which Table 14 tells, within 0.03 %; Localized Narratives come to 4.38 % where it says 4.56. All turns
+# are counted there: where an image has more than TURNS keeps (DVQA, CLEVR, PlotQA), a set's share is smaller.
 CAULDRON = {
     "vqav2": (82_772, 0.7),
     "cocoqa": (46_287, 1),

@@ -1,6 +1,8 @@
 """The paper's recipes at full size: they build, and train what the paper trained in the shares it tells."""
 
+import functools
 import math
+from collections.abc import Mapping
 
 import jax
 import pytest
@@ -212,6 +214,65 @@ def test_instruction_tuning_mixes_the_paper_s_shares_of_answer_tokens():
         # Its 4.56 % does not follow from its own weight in the authors' code.
         within = 0.2 if name == "localized_narratives" else 0.03
         assert 100 * tokens[name] / sum(tokens.values()) == pytest.approx(percentage, abs=within), name
+
+
+PRETRAINING, TUNING = ("stage1", "stage2"), ("instruct", "chat")
+ADAPTERS = tuple(f"lora.{part}" for part in ("vision", "text", "head"))
+# What the paper and the authors' code tell of a recipe's settings, beside the mixtures.
+TOLD = (
+    (RECIPES, "optimizer.name", "adamw"),
+    (RECIPES, "optimizer.b1", 0.9),
+    (RECIPES, "optimizer.b2", 0.999),
+    (RECIPES, "optimizer.clip_norm", 1.0),
+    (("stage1", "stage2", "instruct"), "optimizer.learning_rate", 1e-4),
+    (("stage1",), "optimizer.warmup_steps", 2000),
+    (("instruct",), "optimizer.warmup_steps", 100),
+    (PRETRAINING, "optimizer.schedule", "constant"),
+    (("instruct",), "optimizer.schedule", "linear"),
+    *((RECIPES, f"{adapter}.rank", 64) for adapter in ADAPTERS),
+    *((RECIPES, f"{adapter}.alpha", 16.0) for adapter in ADAPTERS),
+    *((RECIPES, f"{adapter}.dropout", 0.1) for adapter in ADAPTERS),
+    *((RECIPES, f"{adapter}.init", "gaussian") for adapter in ADAPTERS),
+    *((PRETRAINING, f"{adapter}.dora", False) for adapter in ADAPTERS),
+    *((TUNING, f"{adapter}.dora", True) for adapter in ADAPTERS),
+    (("stage1",), "image_rules.longest_edge", 384),
+    (("stage2", *TUNING), "image_rules.longest_edge", 980),
+    (RECIPES, "image_rules.shortest_edge", 378),
+    (("stage1",), "image_rules.positions_per_side", 27),
+    (("stage2", *TUNING), "image_rules.positions_per_side", 70),
+    (("stage2",), "resize_positions", True),
+    (PRETRAINING, "neftune_alpha", 0.0),
+    (("instruct",), "neftune_alpha", 5.0),
+)
+
+
+def setting(config, name):
+    """The value of a dotted name, through dataclasses and mappings."""
+    return functools.reduce(
+        lambda held, key: held[key] if isinstance(held, Mapping) else getattr(held, key), name.split("."), config
+    )
+
+
+def test_what_the_paper_and_the_code_tell_stands_in_the_recipes():
+    configs = {name: built(name) for name in RECIPES}
+    found = {(name, said): setting(configs[name], said) for names, said, _ in TOLD for name in names}
+    assert found == {(name, said): value for names, said, value in TOLD for name in names}
+    decay = {".*/lora_[AB]": 0.1, "connector/modality_projection/.*": 0.1, "connector/perceiver_resampler/.*": 0.0}
+    for config in configs.values():
+        rules = {rule.pattern: rule for rule in config.partition}
+        assert {pattern: rules[pattern].weight_decay for pattern in decay} == decay
+        assert {rule.lr_factor for rule in rules.values() if rule.state == "trainable"} == {1.0}
+
+
+def test_images_and_turns_are_augmented_where_the_paper_does():
+    for source in sources(built("stage2")).values():
+        assert (source.augmentation.upscale, source.augmentation.upscale_to) == (0.7, 3.0), source.name
+    for source in sources(built("instruct")).values():
+        made, pictured = source.augmentation, source.kind == "cauldron"
+        assert (made.split_share, made.upscale, made.shuffle_turns) == (
+            (0.5, 0.5, True) if pictured else (None, 0, False)
+        )
+        assert made.max_turns == 7
 
 
 def test_each_recipe_begins_where_the_one_before_it_ends():
