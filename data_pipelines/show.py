@@ -2,7 +2,8 @@
 
     python -m data_pipelines.show --config configs/digits.py [--out rows.png] [--batches 1]
 
-Green text is trained on, grey is not; see shown_rows.py.
+Green text is trained on, grey is not; see shown_rows.py. A batch is made whole, and that of a pod takes tens of GiB:
+`--config.data.shape.rows=2 --config.data.virtual_shards=2` shows the first rows that two shards would give.
 """
 
 from pathlib import Path

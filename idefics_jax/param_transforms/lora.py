@@ -172,10 +172,10 @@ def merge(params: Mapping[str, Any], adapters: Mapping[str, Any], spec: LoraSpec
 def unmerge(
     params: Mapping[str, Any], adapters: Mapping[str, Any], spec: LoraSpec, norms: Mapping[str, jax.Array]
 ) -> dict[str, Any]:
-    """Returns the base that `merge` made `params` of, to within float32 rounding.
+    """Returns the base that `merge` made `params` of, to within the rounding of the kernels' dtype.
 
     Args:
-      params: merged parameters.
+      params: merged parameters; float32 ones, unless what a shorter dtype rounded away may be lost.
       adapters: those that were merged.
       spec: their targets.
       norms: for modules under DoRA, what `column_norms` gave before the merge: merging divides by them, and nothing
