@@ -91,7 +91,7 @@ class Run:
         merged = {f"{module}/kernel" for module in lora.adapted_modules(adapters)} | set(new_rows.tables(adapters))
         # int8 kernels, too, are multiplied out in float32 and shortened only where nothing is added to them.
         held = paths.flatten(partition.combine(trainable.get("params", {}), frozen))
-        short = {path for path in held if f"{paths.parent(path)}/kernel_scale" in held} - merged
+        short = {f"{paths.parent(path)}/kernel" for path in held if path.endswith("/kernel_scale")} - merged
         params = quantize.dequantize(paths.unflatten(held), jnp.float32)
         dtypes = dict.fromkeys(short, jnp.dtype(self.config.frozen_dtype)) | dict.fromkeys(merged, jnp.float32)
         params = paths.map_paths(lambda path, leaf: leaf.astype(dtypes.get(path, leaf.dtype)), params)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from idefics_jax.param_transforms import paths, quantize
 from idefics_jax.param_tree import probe_batch
 from idefics_jax.training.config import TrainConfig
 from idefics_jax.training.loop import train
-from idefics_jax.training.run import assemble
+from idefics_jax.training.run import Run, assemble
 from idefics_jax.training.step import variables
 
 # The vocabulary is padded to 512; its control tokens begin at 400.
@@ -161,3 +162,12 @@ def test_the_adapted_model_starts_as_the_quantised_and_cast_base(values, frozen_
     held = paths.flatten(quantize.dequantize(adapted["params"], jnp.float32))[path]
     assert last[path].dtype == np.float32
     np.testing.assert_allclose(last[path], held, atol=1e-5 * np.abs(held).max())
+
+
+def test_a_bias_that_trained_beside_an_int8_kernel_keeps_its_float32():
+    kernel, bias = jax.random.normal(jax.random.key(0), (4, 3)), jnp.full(3, 1.001)
+    frozen = quantize.cast(quantize.quantize({"m": {"kernel": kernel}}, ("m",)), jnp.bfloat16)
+    run = Run(types.SimpleNamespace(frozen_dtype="bfloat16", lora={}), *[None] * 7)
+    last = run.final_params({"params": {"m": {"bias": bias}}}, frozen)["m"]
+    assert (last["bias"].dtype, last["kernel"].dtype) == (jnp.float32, jnp.bfloat16)
+    np.testing.assert_array_equal(last["bias"], bias)
