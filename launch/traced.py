@@ -26,11 +26,12 @@ def traced_flops(jaxpr: Any) -> float:
             times = params["length"] if name == "scan" else 1
             if name == "shard_map":  # shapes within are those of one device, along the axes that it names
                 times = math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
-            total += times * sum(traced_flops(inner) for inner in _inner(params))
+            total += times * sum(traced_flops(inner) for inner in inner_jaxprs(params))
     return total
 
 
-def _inner(params: dict[str, Any]) -> Iterator[Any]:
+def inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
+    """Yields the programs within an equation, from its parameters."""
     for value in params.values():
         for one in value if isinstance(value, (tuple, list)) else (value,):
             one = getattr(one, "jaxpr", one)

@@ -13,6 +13,7 @@ from idefics_jax.param_transforms import lora, partition, paths
 from idefics_jax.param_transforms.partition import Rule
 from idefics_jax.training.optimizer import OptimizerConfig, make_optimizer
 from idefics_jax.training.step import batch_counts, init_state, make_train_step, norms
+from launch.traced import inner_jaxprs
 from tests.idefics_jax import tiny
 
 OPTIMIZER = OptimizerConfig(
@@ -92,10 +93,8 @@ def all_shapes(jaxpr):
     """The shapes of everything that a traced program makes, also within its loops."""
     for equation in jaxpr.eqns:
         yield from (out.aval.shape for out in equation.outvars)
-        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from all_shapes(inner)
+        for inner in inner_jaxprs(equation.params):
+            yield from all_shapes(inner)
 
 
 def test_logits_exist_for_no_more_positions_than_a_chunk_has():
