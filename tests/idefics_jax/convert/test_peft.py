@@ -43,10 +43,11 @@ def documents():
 
 
 def adapters_for(params, targets, rows=0):
+    # Larger ones make a model so ill-conditioned that float32 is off by 1e-4 of float64, with either package.
     made = lora.init(params, targets, jax.random.key(0))
 
     def of_leaf(path, x):
-        noise = 0.2 * jax.random.normal(jax.random.key(x.size), x.shape)
+        noise = 0.1 * jax.random.normal(jax.random.key(x.size), x.shape)
         return x * (1 + noise) if path.endswith("magnitude") else x + noise
 
     made = paths.map_paths(of_leaf, made)
