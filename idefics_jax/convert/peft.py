@@ -2,8 +2,10 @@
 
 A stack of layers is cut into PEFT's one module a layer. New vocabulary rows are PEFT's `trainable_token_indices`, and a
 part that trained in full beside the adapters is one of its `modules_to_save`, as is a head with both LoRA and new rows,
-merged. What PEFT has no words for is refused by
-name; the merged model (`to-hf`) holds everything.
+merged. LoRA beside DoRA, for which PEFT has one switch, is written as DoRA whose magnitudes change nothing. What PEFT
+has no words for is refused by name; the merged model (`to-hf`) holds everything.
+
+What is read may differ from layer to layer, and train any rows of the vocabulary.
 """
 
 import collections
@@ -24,6 +26,7 @@ from jax.experimental import multihost_utils
 from idefics_jax import processes
 from idefics_jax.config import Idefics2Config
 from idefics_jax.convert.hf_folder import LazyTensor, open_safetensors
+from idefics_jax.convert.peft_settings import of_module, read_settings
 from idefics_jax.convert.rules import TRANSPOSE, Leaf, leaves
 from idefics_jax.convert.staging import staged
 from idefics_jax.errors import UserError
@@ -43,17 +46,6 @@ WHOLE_MODULES = {
     "text_model/lm_head": "lm_head",
 }
 MERGE = "export the merged model with to-hf instead"
-# Settings of adapter_config.json that change what an adapter means and are read here; of the others, those in HARMLESS
-# say nothing about it, and any that is set is refused.
-READ = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "lora_dropout", "use_dora", "use_rslora", "peft_type"}
-READ |= {"target_modules", "trainable_token_indices", "modules_to_save"}
-READ |= {"init_lora_weights"}
-HARMLESS = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"}
-HARMLESS |= {"task_type", "megatron_core", "qalora_group_size", "exclude_modules", "layers_to_transform"}
-HARMLESS |= {"layers_pattern", "runtime_config", "ensure_weight_tying"}
-# Starts of an adapter that leave the base as it is; the others (PiSSA, OLoRA, CorDA, LoftQ) move a part of it into the
-# adapter, so that the file means nothing beside the base that it names.
-STARTS_BESIDE_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,20 +53,37 @@ class Adapter:
     """What a PEFT folder holds.
 
     Attributes:
-      adapters: LoRA, DoRA and new rows, as in param_transforms.
+      adapters: LoRA, DoRA and the last rows of the vocabulary, as in param_transforms.
       spec: the targets that scale them.
       params: parameters that replace the base's, {path: array}.
+      left_alone: {module path: which of its layers, bool [L]} of DoRA on some layers alone. Their magnitudes are not
+        known without the base: they are its own norms.
+      rows: {module path: (ids, their rows in Hugging Face's layout)} of vocabulary rows that are not the last.
     """
 
     adapters: dict[str, Any]
     spec: tuple[lora.LoraTarget, ...]
     params: dict[str, np.ndarray]
+    left_alone: dict[str, np.ndarray]
+    rows: dict[str, tuple[list[int], np.ndarray]]
 
     def merge(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Returns a base's parameters with all of it merged in."""
-        replaced = {path: leaf.astype(paths.flatten(params)[path].dtype) for path, leaf in self.params.items()}
-        params = paths.unflatten({**paths.flatten(params), **replaced})
-        return new_rows.merge(lora.merge(params, self.adapters, self.spec), self.adapters)
+        flat = paths.flatten(params)
+        flat |= {path: leaf.astype(flat[path].dtype) for path, leaf in self.params.items()}
+        norms = lora.column_norms(paths.unflatten(flat), self.adapters, self.spec) if self.left_alone else {}
+        adapters = paths.flatten(self.adapters)
+        for module, layers in self.left_alone.items():
+            path = f"{module}/lora_magnitude"
+            adapters[path] = np.where(layers[:, None], norms[module], adapters[path])
+        adapters = paths.unflatten(adapters)
+        flat = paths.flatten(new_rows.merge(lora.merge(paths.unflatten(flat), adapters, self.spec), adapters))
+        for module, (ids, rows) in self.rows.items():
+            path = f"{module}/{new_rows.TABLES[module]}"
+            table, rows = jnp.asarray(flat[path]), jnp.asarray(rows)
+            within = table.at[jnp.asarray(ids)] if path.endswith("/embedding") else table.at[:, jnp.asarray(ids)]
+            flat[path] = within.set((rows if path.endswith("/embedding") else rows.T).astype(table.dtype))
+        return paths.unflatten(flat)
 
 
 def save_adapter(
@@ -104,6 +113,8 @@ def save_adapter(
     chosen = lora.targets(lora.adapted_modules(adapters), spec) if lora.adapted_modules(adapters) else {}
     adapters, trained, params = _with_whole_tables(adapters, chosen, trained, params)
     chosen = {module: chosen[module] for module in lora.adapted_modules(adapters)}
+    if len({target.dora for target in chosen.values()}) > 1:
+        adapters, chosen = _all_dora(adapters, chosen, params)
     if not chosen:
         raise UserError(f"there are no LoRA adapters, which a PEFT folder needs; {MERGE}")
     modules = _whole_modules(trained, adapters)
@@ -142,9 +153,23 @@ def _with_whole_tables(
     return paths.unflatten(flat), paths.unflatten(trained), paths.unflatten(params)
 
 
+def _all_dora(
+    adapters: Mapping[str, Any], chosen: Mapping[str, lora.LoraTarget], params: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, lora.LoraTarget]]:
+    """Returns adapters and their targets with LoRA written as DoRA, magnitudes the norms of the columns as they are."""
+    plain = {module: target for module, target in chosen.items() if not target.dora}
+    spec = tuple(dataclasses.replace(target, pattern=re.escape(module)) for module, target in plain.items())
+    inside, flat = tuple(f"{module}/" for module in plain), paths.flatten(adapters)
+    own = paths.unflatten({path: leaf for path, leaf in flat.items() if path.startswith(inside)})
+    kernels = paths.unflatten({path: leaf for path, leaf in paths.flatten(params).items() if path.startswith(inside)})
+    norms = lora.column_norms(quantize.dequantize(kernels, jnp.float32), own, spec)
+    flat |= {f"{module}/lora_magnitude": norm for module, norm in norms.items()}
+    return paths.unflatten(flat), {module: dataclasses.replace(target, dora=True) for module, target in chosen.items()}
+
+
 def about(folder: epath.PathLike) -> str:
     """Returns what to tell of a folder that `save_adapter` wrote: the vocabulary that its base must have."""
-    indices = _read_settings(epath.Path(folder) / CONFIG)["trainable_token_indices"]
+    indices = read_settings(epath.Path(folder) / CONFIG)["trainable_token_indices"]
     if indices is None:
         return f"wrote {folder}"
     size = 1 + max(max(rows) for rows in indices.values())
@@ -160,8 +185,6 @@ def _settings(chosen: Mapping[str, lora.LoraTarget], adapters: Mapping[str, Any]
     for module in chosen:
         if rules[module].op is not TRANSPOSE:
             raise UserError(f"the adapter at {module!r} is on a convolution, where PEFT's have another form; {MERGE}")
-    if len({target.dora for target in chosen.values()}) > 1:
-        raise UserError(f"some adapters are DoRA and some are not, PEFT has one switch for all; {MERGE}")
     patterns = {m: re.escape(rules[m].hf.removesuffix(".weight")).replace(r"\{\}", r"\d+") for m in chosen}
     rank = collections.Counter(target.rank for target in chosen.values()).most_common(1)[0][0]
     alpha = collections.Counter(target.alpha for target in chosen.values()).most_common(1)[0][0]
@@ -242,159 +265,149 @@ def load_adapter(folder: epath.PathLike, config: Idefics2Config) -> Adapter:
         named.
     """
     folder = epath.Path(folder)
-    settings = _read_settings(folder / CONFIG)
+    settings = read_settings(folder / CONFIG)
     if not (folder / WEIGHTS).exists():
         raise UserError(f"{folder} has no {WEIGHTS}; save the adapter with safetensors (pickles are not read)")
     tensors = {name.removeprefix(PREFIX): x for name, x in open_safetensors(folder / WEIGHTS).items()}
     used: set[str] = set()
-    flat: dict[str, np.ndarray] = {}
-    params: dict[str, np.ndarray] = {}
-    spec = []
-    for leaf in leaves(config):
-        module = paths.parent(leaf.rule.ours)
-        if leaf.rule.ours.endswith("/kernel") and leaf.rule.op is TRANSPOSE:
-            found = _read_module(leaf, tensors, settings, used)
-            if found is not None:
-                flat |= {f"{module}/{name}": array for name, array in found[0].items()}
-                spec.append(dataclasses.replace(found[1], pattern=re.escape(module)))
-        if module in new_rows.TABLES:
-            flat |= _read_rows(leaf, tensors, settings, config, used)
-        # Of a head that it adapts peft saves what lies under the adapter, too.
-        for names in (leaf.names, [name.removesuffix("weight") + "base_layer.weight" for name in leaf.names]):
-            if set(names) <= set(tensors):
-                layers = [leaf.rule.op.to_ours(_read(tensors, name, leaf.hf_shape, used)) for name in names]
-                params[leaf.rule.ours] = np.stack(layers) if leaf.rule.stacked else layers[0]
+    modules = {paths.parent(leaf.rule.ours): leaf for leaf in leaves(config) if leaf.rule.op is TRANSPOSE}
+    stacks = {module: _read_module(leaf, tensors, settings, used) for module, leaf in modules.items()}
+    stacks = {module: stack for module, stack in stacks.items() if stack is not None}
+    tables = [leaf for leaf in leaves(config) if paths.parent(leaf.rule.ours) in new_rows.TABLES]
+    rows = {paths.parent(leaf.rule.ours): _read_rows(leaf, tensors, settings, used) for leaf in tables}
+    params = _read_whole(config, tensors, used)
     unknown = sorted(set(tensors) - used)
     if unknown:
         raise UserError(
             f"{folder / WEIGHTS} has {len(unknown)} tensors that belong to no module of this model, or to part of one: "
             f"{', '.join(unknown[:5])}; give the base model it was trained on"
         )
+    flat = {f"{module}/{name}": leaf for module, stack in stacks.items() for name, leaf in stack.leaves.items()}
+    size, others = config.text_config.vocab_size, {}
+    for module, (ids, table) in rows.items():
+        if ids == list(range(size - len(ids), size)):
+            flat |= {f"{module}/{new_rows.NAME}": table if module.endswith("embed_tokens") else table.T} if ids else {}
+        else:
+            others[module] = ids, table
     if not flat:
         raise UserError(f"{folder / WEIGHTS} holds no adapter of this model; give the base model it was trained on")
-    return Adapter(paths.unflatten(flat), tuple(spec), params)
+    spec = tuple(dataclasses.replace(stack.target, pattern=re.escape(module)) for module, stack in stacks.items())
+    left_alone = {m: stack.left_alone for m, stack in stacks.items() if stack.target.dora and stack.left_alone.any()}
+    return Adapter(paths.unflatten(flat), spec, params, left_alone, others)
 
 
-def _read_settings(path: epath.Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}); give a folder that PEFT saved") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"{path} holds a {type(settings).__name__} and no settings; give a folder that PEFT saved")
-    if settings.get("peft_type") != "LORA":
-        raise UserError(f"{path}: peft_type is {settings.get('peft_type')!r}; only LORA can be read")
-    if settings.get("init_lora_weights") not in STARTS_BESIDE_THE_BASE:
-        raise UserError(
-            f"{path}: init_lora_weights is {settings['init_lora_weights']!r}, which changes the base model too; save "
-            "the adapter again with PEFT's path_initial_model_for_weight_conversion, which makes it plain LoRA"
-        )
-    for name, value in settings.items():
-        if name not in READ | HARMLESS and value not in (None, False, {}, [], "none", "megatron.core"):
-            raise UserError(
-                f"{path}: {name} is {value!r}, which is not supported; only plain LoRA and DoRA can be read"
-            )
-    for name, kind in (("r", int), ("lora_alpha", (int, float))):
-        value = settings.get(name)
-        if not (isinstance(value, kind) and _is_number(value) and value > 0):
-            raise UserError(f"{path}: {name} is {settings.get(name)!r}; it must be a positive number")
-    _check_optional(settings, path)
-    return settings
+def _read_whole(config: Idefics2Config, tensors: Mapping[str, LazyTensor], used: set[str]) -> dict[str, np.ndarray]:
+    """Returns {path: array} of the parameters that the file holds whole."""
+    params = {}
+    for leaf in leaves(config):
+        # Of a head that it adapts peft saves what lies under the adapter, too.
+        for names in (leaf.names, [name.removesuffix("weight") + "base_layer.weight" for name in leaf.names]):
+            if set(names) <= set(tensors):
+                layers = [leaf.rule.op.to_ours(_read(tensors, name, leaf.hf_shape, used)) for name in names]
+                params[leaf.rule.ours] = np.stack(layers) if leaf.rule.stacked else layers[0]
+    return params
 
 
-def _check_optional(settings: Mapping[str, Any], path: epath.Path) -> None:
-    """Raises UserError for a setting that may be left out, is there, and has a value that PEFT would not write."""
-    for name in ("use_dora", "use_rslora"):
-        if not isinstance(settings.get(name), bool | None):
-            raise UserError(f"{path}: {name} is {settings[name]!r}; it must be true or false")
-    dropout = settings.get("lora_dropout")
-    if dropout is not None and not (_is_number(dropout) and 0 <= dropout < 1):
-        raise UserError(f"{path}: lora_dropout is {dropout!r}; it must be a number from 0 to below 1")
-    for name in ("rank_pattern", "alpha_pattern"):
-        patterns = settings.get(name)
-        if not isinstance(patterns, dict | None):
-            raise UserError(f"{path}: {name} is {patterns!r}; it must give a number to each of some patterns")
-        for pattern, value in (patterns or {}).items():
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise UserError(
-                    f"{path}: {name} has {pattern!r}, which is not a regular expression ({error}); correct it"
-                ) from error
-            if not (_is_number(value) and value > 0):
-                raise UserError(f"{path}: {name} gives {pattern!r} {value!r}; it must be a positive number")
+@dataclasses.dataclass(frozen=True)
+class _Stacked:
+    """Adapters of a family of modules, one a layer.
 
+    Attributes:
+      leaves: {leaf's name: array [L, ..]}; without L where there is one module alone.
+      target: the largest rank, and the scale of them all.
+      left_alone: which layers have no adapter, bool [L]; theirs adds nothing.
+    """
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    leaves: dict[str, np.ndarray]
+    target: lora.LoraTarget
+    left_alone: np.ndarray
 
 
 def _read_module(
     leaf: Leaf, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any], used: set[str]
-) -> tuple[dict[str, np.ndarray], lora.LoraTarget] | None:
+) -> _Stacked | None:
     """Reads a family's adapters, stacked over its layers; None if it has none."""
     modules = [name.removesuffix(".weight") for name in leaf.names]
     adapted = [module for module in modules if f"{module}.{LEAVES['lora_A']}" in tensors]
     if not adapted:
         return None
-    dora = bool(settings.get("use_dora"))
-    if dora and len(adapted) < len(modules):
-        raise UserError(f"{leaf.rule.hf}: only {len(adapted)} of {len(modules)} layers have a DoRA adapter; all must")
-    size_out, size_in = leaf.hf_shape
-    ranks = {tensors[f"{module}.{LEAVES['lora_A']}"].shape[0] for module in adapted}
-    alphas = {float(_of_module(module, settings, "alpha_pattern", "lora_alpha")) for module in adapted}
-    told = {_of_module(module, settings, "rank_pattern", "r") for module in adapted}
-    if told != ranks:
+    spec = [_target(module, tensors, settings, leaf) if module in adapted else None for module in modules]
+    like = max((target for target in spec if target), key=lambda target: target.rank)
+    layers = [
+        _read_layer(module, target, like, leaf.hf_shape, tensors, used)
+        for module, target in zip(modules, spec, strict=True)
+    ]
+    stacks = {name: [layer[name] for layer in layers] for name in layers[0]}
+    return _Stacked(
+        {name: np.stack(own) if leaf.rule.stacked else own[0] for name, own in stacks.items()},
+        like,
+        np.array([target is None for target in spec]),
+    )
+
+
+def _read_layer(
+    module: str,
+    target: lora.LoraTarget | None,
+    like: lora.LoraTarget,
+    hf_shape: tuple[int, ...],
+    tensors: Mapping[str, LazyTensor],
+    used: set[str],
+) -> dict[str, np.ndarray]:
+    """Returns a layer's adapter at the rank and scale of `like`; without a target of its own one that adds nothing.
+
+    A lower rank is a higher one with zeros, and another scale is in B.
+    """
+    (size_out, size_in), rank = hf_shape, target.rank if target else 0
+    shapes = {"lora_A": (rank, size_in), "lora_B": (size_out, rank)}
+    shapes |= {"lora_magnitude": (size_out,)} if like.dora else {}
+    read = {
+        name: _read(tensors, f"{module}.{LEAVES[name]}", shape, used) if target else np.zeros(shape)
+        for name, shape in shapes.items()
+    }
+    own = {name: np.asarray(array.T, np.float32) for name, array in read.items()}
+    scale = np.float32(target.scale / like.scale if target else 1.0)
+    own["lora_A"] = np.pad(own["lora_A"], ((0, 0), (0, like.rank - rank)))
+    own["lora_B"] = np.pad(own["lora_B"], ((0, like.rank - rank), (0, 0))) * scale
+    return own
+
+
+def _target(module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any], leaf: Leaf) -> lora.LoraTarget:
+    """Returns the rank and alpha of one of PEFT's modules, of which the first is in the file too."""
+    rank = tensors[f"{module}.{LEAVES['lora_A']}"].shape[0]
+    told = of_module(module, settings, "rank_pattern", "r")
+    if told != rank:
         raise UserError(
-            f"{leaf.rule.hf}: the adapter's rank is {sorted(ranks)} where {CONFIG} says {sorted(told)}; the two files "
-            "are not of one adapter"
+            f"{leaf.rule.hf}: the adapter's rank is {rank} where {CONFIG} says {told}; the two files are not of one "
+            "adapter"
         )
-    if len(ranks) > 1 or len(alphas) > 1:
-        raise UserError(f"{leaf.rule.hf}: ranks {sorted(ranks)} and alphas {sorted(alphas)} differ between layers")
-    (rank,), (alpha,) = ranks, alphas
-    shapes = {"lora_A": (rank, size_in), "lora_B": (size_out, rank)} | ({"lora_magnitude": (size_out,)} if dora else {})
-    stacks = {}
-    for ours, shape in shapes.items():
-        layers = [
-            _read(tensors, f"{module}.{LEAVES[ours]}", shape, used).T if module in adapted else np.zeros(shape[::-1])
-            for module in modules
-        ]
-        stacks[ours] = np.asarray(np.stack(layers) if leaf.rule.stacked else layers[0], np.float32)
+    alpha = float(of_module(module, settings, "alpha_pattern", "lora_alpha"))
     alpha *= math.sqrt(rank) if settings.get("use_rslora") else 1.0
-    return stacks, lora.LoraTarget("", rank, alpha, float(settings.get("lora_dropout") or 0.0), dora)
-
-
-def _of_module(module: str, settings: Mapping[str, Any], patterns: str, otherwise: str) -> float:
-    """Returns a module's rank or alpha as PEFT resolves it: by the first pattern that matches the end of its name."""
-    known = settings.get(patterns) or {}
-    matched = (value for pattern, value in known.items() if re.fullmatch(rf"(.*\.)?({pattern})", module))
-    return next(matched, settings[otherwise])
+    dropout = float(settings.get("lora_dropout") or 0.0)
+    return lora.LoraTarget(re.escape(module), rank, alpha, dropout, bool(settings.get("use_dora")))
 
 
 def _read_rows(
-    leaf: Leaf, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any], config: Idefics2Config, used: set[str]
-) -> dict[str, np.ndarray]:
+    leaf: Leaf, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any], used: set[str]
+) -> tuple[list[int], np.ndarray]:
+    """Returns the ids of a table's trained rows, if there are any, and the rows, [n, D] as Hugging Face has them."""
     name = leaf.names[0].removesuffix("weight") + ROWS
     if name not in tensors:
-        return {}
-    module, size = paths.parent(leaf.rule.ours), config.text_config.vocab_size
+        return [], np.zeros((0, leaf.hf_shape[1]), np.float32)
+    module, size = paths.parent(leaf.rule.ours), leaf.hf_shape[0]
     rows = _read(tensors, name, (tensors[name].shape[0], leaf.hf_shape[1]), used)
-    wanted = list(range(size - rows.shape[0], size))
-    indices = settings.get("trainable_token_indices")
-    indices = indices.get(module.rpartition("/")[2]) if isinstance(indices, dict) else indices
-    if (
-        isinstance(indices, list)
-        and all(isinstance(index, int) for index in indices)
-        and max(indices, default=0) >= size
-    ):
-        grown = 1 + max(indices)
+    ids = settings.get("trainable_token_indices")
+    ids = ids.get(module.rpartition("/")[2]) if isinstance(ids, dict) else ids
+    whole = isinstance(ids, list) and all(isinstance(index, int) and index >= 0 for index in ids)
+    if not whole or len(set(ids)) < len(ids) or len(ids) != len(rows):
         raise UserError(
-            f"the adapter trains the rows {indices[0]} to {indices[-1]} of {module}, and the base has {size}; grow it: "
-            f"call transformers' model.resize_token_embeddings({grown}), and give the folder that it saves"
+            f"trainable_token_indices of {module} are {ids}; they must be {len(rows)} different ids, one a saved row"
         )
-    if indices != wanted:
-        raise UserError(f"trainable_token_indices of {module} are {indices}; only the last rows, {wanted}, can be read")
-    return {f"{module}/{new_rows.NAME}": np.asarray(leaf.rule.op.to_ours(rows), np.float32)}
+    if max(ids) >= size:
+        raise UserError(
+            f"the adapter trains the rows {ids[0]} to {ids[-1]} of {module}, and the base has {size}; grow it: "
+            f"call transformers' model.resize_token_embeddings({1 + max(ids)}), and give the folder that it saves"
+        )
+    return ids, np.asarray(rows, np.float32)
 
 
 def _read(tensors: Mapping[str, LazyTensor], name: str, shape: Iterable[int], used: set[str]) -> np.ndarray:

@@ -196,12 +196,11 @@ def unmerge(
 
 
 def column_norms(params: Mapping[str, Any], adapters: Mapping[str, Any], spec: LoraSpec) -> dict[str, jax.Array]:
-    """Returns {module path: norms of the columns of W + scale * A @ B, float32 [.., out]} of the modules under DoRA."""
+    """Returns {module path: norms of the columns of W + scale * A @ B, float32 [.., out]} of the adapted modules."""
     norms: dict[str, jax.Array] = {}
 
-    def note(module: str, kernel: jax.Array, delta: jax.Array, magnitude: jax.Array | None) -> jax.Array:
-        if magnitude is not None:
-            norms[module] = _norms(kernel + delta)
+    def note(module: str, kernel: jax.Array, delta: jax.Array, _: jax.Array | None) -> jax.Array:
+        norms[module] = _norms(kernel + delta)
         return kernel
 
     _for_each_kernel(note, params, adapters, spec)

@@ -103,6 +103,46 @@ def test_a_head_with_lora_and_new_rows_is_written_whole(twin, documents, tmp_pat
     jax.tree.map(np.testing.assert_array_equal, load_adapter(tmp_path, twin.config).merge(twin.params), merged)
 
 
+def test_lora_beside_dora_is_written_as_dora_that_changes_nothing(twin, documents, tmp_path):
+    targets = (*spec(True)[:1], *spec(False)[1:3], lora.LoraTarget("text_model/lm_head", 2, 3.0))
+    adapters = adapters_for(twin.params, targets)
+    held = quantize.quantize(twin.params, ("text_model/layers/mlp/(up|down)_proj",))
+    save_adapter(tmp_path, adapters, targets, {}, held, twin.config, base="somewhere")
+    merged = lora.merge(quantize.dequantize(held, "f4"), adapters, targets)
+    own = load_adapter(tmp_path, twin.config).merge(quantize.dequantize(held, "f4"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), own, merged)
+    base = reference.twin().hf
+    base.load_state_dict(
+        {n: torch.from_numpy(x) for n, x in hf.to_hf(quantize.dequantize(held, "f4"), twin.config).items()}
+    )
+    assert_close(merged_logits(twin, merged, documents), peft_logits(twin, tmp_path, documents, base=base), WHOLE)
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_we_load_what_peft_writes_of_layers_and_rows_that_differ(twin, documents, dora, tmp_path):
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=3,
+        use_dora=dora,
+        init_lora_weights=False,
+        target_modules=r".*text_model\.layers\.(0\.self_attn\.q_proj|\d\.self_attn\.v_proj|1\.mlp\.\w+_proj)",
+        rank_pattern={r"layers\.0\.self_attn\.v_proj": 2},
+        alpha_pattern={r"layers\.1\.self_attn\.v_proj": 7},
+        trainable_token_indices={"embed_tokens": [7, 5, 98], "lm_head": [96, 97, 98]},
+    )
+    model = peft.get_peft_model(reference.twin().hf, config).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "trainable_tokens_delta" in name or "magnitude" in name:
+                weight.mul_(1.5)
+    model.save_pretrained(tmp_path)
+    adapter = load_adapter(tmp_path, twin.config)
+    assert [target.rank for target in adapter.spec if "v_proj" in target.pattern] == [4]
+    assert (list(adapter.rows), adapter.rows["text_model/embed_tokens"][0]) == (["text_model/embed_tokens"], [7, 5, 98])
+    theirs = peft_logits(twin, tmp_path, documents)
+    assert_close(merged_logits(twin, adapter.merge(twin.params), documents), theirs, WHOLE)
+
+
 @pytest.mark.parametrize(("dora", "rslora"), [(False, True), (True, False)], ids=["rslora", "dora"])
 def test_we_load_what_peft_writes(twin, documents, dora, rslora, tmp_path):
     config = peft.LoraConfig(
@@ -269,8 +309,8 @@ Q = f"{PREFIX}model.text_model.layers.1.self_attn.q_proj"
             "init_lora_weights is 'pissa_niter_16', which changes the base model too; .*path_initial_model",
         ),
         (lambda f: change_settings(f, r=0), "r is 0; it must be a positive number"),
-        (lambda f: change_settings(f, r=3), r"rank is \[2\] where adapter_config.json says \[3\]; the two files"),
-        (lambda f: change_settings(f, rank_pattern={"q_proj": 5}), r"rank is \[2\] where .* says \[5\]"),
+        (lambda f: change_settings(f, r=3), "rank is 2 where adapter_config.json says 3; the two files"),
+        (lambda f: change_settings(f, rank_pattern={"q_proj": 5}), "rank is 2 where .* says 5"),
         (lambda f: change_settings(f, lora_alpha=float("inf")), "lora_alpha is inf; it must be a positive number"),
         (lambda f: change_settings(f, use_dora="yes"), "use_dora is 'yes'; it must be true or false"),
         (lambda f: change_settings(f, lora_dropout="x"), "lora_dropout is 'x'; it must be a number from 0 to below 1"),
@@ -290,9 +330,14 @@ Q = f"{PREFIX}model.text_model.layers.1.self_attn.q_proj"
             "1 tensors that belong to no module of this model, or to part of one: stray",
         ),
         (
-            lambda f: change_settings(f, trainable_token_indices={"embed_tokens": [1, 2, 3], "lm_head": [96, 97, 98]}),
-            r"embed_tokens are \[1, 2, 3\]; only the last rows, \[96, 97, 98\]",
+            lambda f: change_settings(f, trainable_token_indices={"embed_tokens": [1, 2, 2], "lm_head": [96, 97, 98]}),
+            r"embed_tokens are \[1, 2, 2\]; they must be 3 different ids",
         ),
+        (
+            lambda f: change_settings(f, trainable_token_indices={"embed_tokens": [1, 2], "lm_head": [96, 97, 98]}),
+            r"embed_tokens are \[1, 2\]; they must be 3 different ids",
+        ),
+        (lambda f: change_settings(f, trainable_token_indices=None), "embed_tokens are None; they must be 3 different"),
     ],
 )
 def test_a_folder_that_is_not_right_is_named(twin, damage, message, tmp_path):
@@ -304,10 +349,8 @@ def test_a_folder_that_is_not_right_is_named(twin, damage, message, tmp_path):
 
 
 def test_what_peft_has_no_words_for_is_refused_by_name(twin, tmp_path):
-    mixed = (spec(True)[0], spec(False)[1])
     patches = (lora.LoraTarget("vision_model/embeddings/.*", 2, 1.0),)
     for targets, rows, message in (
-        (mixed, 0, "some adapters are DoRA and some are not"),
         (patches, 0, "'vision_model/embeddings/patch_embedding' is on a convolution"),
         ((), 3, "there are no LoRA adapters"),
     ):
