@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from idefics_jax.errors import UserError
+from idefics_jax.training.suspects import named
 
 # Losses that "usual" is the median of, and how many must be known before a spike is told; as many that are far up at
 # the end of a run are no spike.
@@ -47,12 +48,14 @@ class Stopped(UserError):
     Attributes:
       step: the first that is in doubt, counted from 0.
       sound: the last number of steps whose parameters are not.
+      what: what has happened, in words.
       documents: of that step.
     """
 
     def __init__(self, step: int, sound: int, what: str, documents: Sequence[str]):
         self.step = step
         self.sound = sound
+        self.what = what
         self.documents = tuple(documents)
         super().__init__(f"{what}; its documents: {named(documents)}")
 
@@ -72,12 +75,6 @@ class Diverged(Stopped):
             f"the loss has diverged: it rose at step {step} from {level:.3f} and after {after} steps it is {loss:.3f}"
         )
         super().__init__(step, step - 1, what, documents)
-
-
-def named(documents: Sequence[str]) -> str:
-    """Returns the first documents of a batch by name, and how many more there are."""
-    more = f" and {len(documents) - 8} more" if len(documents) > 8 else ""
-    return ", ".join(documents[:8]) + more
 
 
 @dataclasses.dataclass
@@ -139,16 +136,20 @@ class LossWatch:
         """While the loss is far up, the last number of steps from before; otherwise None."""
         return self._seen.began - 1 if self._seen.up else None
 
-    def see(self, step: int, loss: float, documents: Sequence[str]) -> None:
-        """Takes a step's finite loss and the documents of its batch, "source/name"; prints a line when a spike begins.
+    def see(self, step: int, loss: float, documents: Sequence[str]) -> str | None:
+        """Takes a step's finite loss and the documents of its batch, "source/name".
+
+        Returns:
+          A sentence about the spike that begins with this step, if one does.
 
         Raises:
           Diverged: the loss has stayed far up for `diverged_after` steps and is not on its way back.
         """
-        self._tell_spike(step, loss, documents)
+        spike = self._new_spike(step, loss)
         self._seen.history = [*self._seen.history, loss][-max(HISTORY, self._window) :]
         if self._window:
             self._follow(step, loss, documents)
+        return spike
 
     def end(self) -> None:
         """Judges a loss that is far up at the last step as if it had stayed so, if it has been for longer than a spike.
@@ -159,20 +160,17 @@ class LossWatch:
         if self._window and self._seen.up >= min(self._window, ENOUGH):
             self._judge(self._seen.history[-min(self._seen.up, self._window) :])
 
-    def _tell_spike(self, step: int, loss: float, documents: Sequence[str]) -> None:
+    def _new_spike(self, step: int, loss: float) -> str | None:
         seen = self._seen
         known = seen.history[-HISTORY:]
         if len(known) < ENOUGH:
-            return
+            return None
         usual = statistics.median(known)
         deviation = 1.4826 * statistics.median(abs(before - usual) for before in known)
         spiking = loss > usual + max(DEVIATIONS * deviation, LEAST_RISE * usual)
-        if spiking and not seen.spiking and not seen.up:
-            print(
-                f"loss spike at step {step}: {loss:.3f}, usually {usual:.3f}; its documents: {named(documents)}",
-                flush=True,
-            )
+        begins = spiking and not seen.spiking and not seen.up
         seen.spiking = spiking
+        return f"loss spike at step {step}: {loss:.3f}, usually {usual:.3f}" if begins else None
 
     def _follow(self, step: int, loss: float, documents: Sequence[str]) -> None:
         """Counts the steps that the loss is far up, and judges it once they are enough."""

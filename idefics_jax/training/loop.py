@@ -25,6 +25,7 @@ from idefics_jax.errors import UserError
 from idefics_jax.model import ADAPTER_IN_WORKDIR
 from idefics_jax.param_transforms.partition import combine
 from idefics_jax.settings import differences
+from idefics_jax.training import suspects
 from idefics_jax.training.checkpoint import Checkpoints
 from idefics_jax.training.config import FREE_AFTER_STOP, FREE_ON_RESUME, TrainConfig
 from idefics_jax.training.curves import draw_curves
@@ -75,7 +76,14 @@ def train(config: TrainConfig, values: dict[str, Any], workdir: epath.Path) -> b
                 record_run(values, workdir)
                 keep_start(began, workdir)
             vocabulary = run.plan.sizes.text_config.vocab_size
-            progress = Progress(config.steps, config.diverged_after, before, vocabulary=vocabulary, leads=share.leads)
+            progress = Progress(
+                config.steps,
+                config.diverged_after,
+                before,
+                vocabulary=vocabulary,
+                leads=share.leads,
+                workdir=workdir if processes.first() else None,
+            )
             state, done = steps(run, state, frozen, progress, data, checkpoints, workdir)
         if done:
             finish(run, state, frozen, data, workdir)
@@ -217,9 +225,10 @@ def naming_the_last_checkpoint(checkpoints: Checkpoints) -> Iterator[None]:
     try:
         yield
     except Stopped as stopped:
-        error = stopped_message(stopped, checkpoints)
+        error, workdir = stopped_message(stopped, checkpoints), checkpoints.path.parent
         if processes.first():
-            (checkpoints.path.parent / STOPPED_FILE).write_text(str(error))
+            suspects.keep(workdir, stopped.step, stopped.what, stopped.documents)
+            (workdir / STOPPED_FILE).write_text(str(error))
         raise error from stopped
 
 
@@ -236,7 +245,7 @@ def stopped_message(stopped: Stopped, checkpoints: Checkpoints) -> UserError:
         where = f"no checkpoint is from before it{f' ({after} are from after it)' if later else ''}: start again"
     return UserError(
         f"{stopped}; {where}; lower the learning rate (it may differ now, as may {', '.join(FREE_AFTER_STOP[2:])}), or "
-        "look at these documents"
+        f"look at these documents (all in {checkpoints.path.parent / suspects.FOLDER})"
     )
 
 

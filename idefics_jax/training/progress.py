@@ -10,10 +10,12 @@ from typing import Any
 import jax
 import numpy as np
 from clu import metrics as clu_metrics
+from etils import epath
 
 from idefics_jax import processes
-from idefics_jax.training.divergence import Halted, LossWatch, named
+from idefics_jax.training.divergence import Halted, LossWatch
 from idefics_jax.training.step import RUNNING
+from idefics_jax.training.suspects import keep, named
 
 AVERAGED = ("loss", "accuracy", "grad_norm", "update_norm", "token_fill", "patch_fill", "attention_share")
 
@@ -21,7 +23,16 @@ AVERAGED = ("loss", "accuracy", "grad_norm", "update_norm", "token_fill", "patch
 class Progress:
     """Collects the metrics of each step without waiting for them, and reads them once an interval."""
 
-    def __init__(self, steps: int, diverged_after: int, state: dict[str, Any] | None, *, vocabulary: int, leads: bool):
+    def __init__(
+        self,
+        steps: int,
+        diverged_after: int,
+        state: dict[str, Any] | None,
+        *,
+        vocabulary: int,
+        leads: bool,
+        workdir: epath.Path | None,
+    ):
         """Starts, or goes on with what `state` returned when the run was stopped.
 
         Args:
@@ -30,9 +41,11 @@ class Progress:
           state: from a checkpoint, or None.
           leads: whether this process tells the others of its documents (run.RowShare): all of them see all, and come
             to the same judgement.
+          workdir: where to keep the documents of steps that something went wrong with, or None.
         """
         self._steps = steps
         self._leads = leads
+        self._workdir = workdir
         self._watch = LossWatch(diverged_after, state["watch"] if state else None, vocabulary=vocabulary)
         self._watched = 0  # how many of `_metrics` the watch has seen
         # Metrics of the steps since the last report before the run was stopped.
@@ -64,11 +77,17 @@ class Progress:
             if int(metrics["halted_at"]) != RUNNING:
                 raise Halted(int(metrics["halted_at"]), loss, documents)
             if metrics["skipped"]:
-                print(f"step {step} is not finite and was skipped; its documents: {named(documents)}", flush=True)
+                wrong = f"step {step} is not finite and was skipped"
             else:
-                self._watch.see(step, loss, documents)
+                wrong = self._watch.see(step, loss, documents)
+            if wrong:
+                self._tell(step, wrong, documents)
         self._watched = len(known)
         return self._before + [{name: float(value) for name, value in metrics.items()} for metrics in known]
+
+    def _tell(self, step: int, what: str, documents: tuple[str, ...]) -> None:
+        where = f" (all in {keep(self._workdir, step, what, documents)})" if self._workdir else ""
+        print(f"{what}; its documents: {named(documents)}{where}", flush=True)
 
     def state(self) -> dict[str, Any]:
         """Waits for the interval's metrics, and returns what a resumed run needs of this one, as plain JSON.

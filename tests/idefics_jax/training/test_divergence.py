@@ -26,22 +26,37 @@ def falling(steps, start=6.0, end=2.0):
 
 
 def follow(watch, losses, first=0, source="web"):
-    for step, loss in enumerate(losses, first):
-        watch.see(step, float(loss), [f"{source}/file:{step}"])
+    """Returns what the watch tells of spikes."""
+    seen = enumerate(losses, first)
+    return [told for step, loss in seen if (told := watch.see(step, float(loss), [f"{source}/file:{step}"]))]
 
 
 def test_an_ordinary_loss_gives_no_word(capsys):
-    follow(LossWatch(50, None, vocabulary=VOCABULARY), falling(1000))
+    assert follow(LossWatch(50, None, vocabulary=VOCABULARY), falling(1000)) == []
     assert capsys.readouterr().out == ""
 
 
-def test_a_spike_is_named_once_with_its_documents(capsys):
+def test_a_spike_is_told_once():
     losses = falling(400)
     losses[200:205] = 5.0
-    follow(LossWatch(50, None, vocabulary=VOCABULARY), losses)
+    (told,) = follow(LossWatch(50, None, vocabulary=VOCABULARY), losses)
+    assert told.startswith("loss spike at step 200: 5.000, usually 2.")
+
+
+def test_the_documents_of_a_step_gone_wrong_are_named_and_all_of_them_kept(tmp_path, capsys):
+    documents = tuple(f"web/file:{i}" for i in range(20))
+    progress = Progress(100, 0, None, vocabulary=400, leads=True, workdir=epath.Path(tmp_path))
+    for step in range(30):
+        progress.add(metrics(step, 9.0 if step == 25 else 2.0), documents if step == 25 else (), 0.0)
+    progress.interval()
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("loss spike at step 200: 5.000, usually 2.")
-    assert line.endswith("its documents: web/file:200")
+    first, kept = ", ".join(documents[:8]), tmp_path / "suspects" / "step_25.json"
+    assert line == (f"loss spike at step 25: 9.000, usually 2.000; its documents: {first} and 12 more (all in {kept})")
+    assert json.loads(kept.read_text()) == {
+        "step": 25,
+        "what": "loss spike at step 25: 9.000, usually 2.000",
+        "documents": list(documents),
+    }
 
 
 @pytest.mark.parametrize("rise", [0.0, 0.1])
@@ -169,15 +184,14 @@ def test_without_a_limit_nothing_is_stopped():
     follow(LossWatch(0, None, vocabulary=VOCABULARY), np.concatenate([falling(300), np.full(600, 50.0)]))
 
 
-def test_going_on_from_a_saved_state_judges_as_if_never_stopped(capsys):
+def test_going_on_from_a_saved_state_judges_as_if_never_stopped():
     losses = np.concatenate([falling(300), np.full(60, 9.5)])
     watch = LossWatch(50, None, vocabulary=VOCABULARY)
     follow(watch, losses[:330])
     resumed = LossWatch(50, json.loads(json.dumps(watch.state())), vocabulary=VOCABULARY)
-    capsys.readouterr()
+    assert follow(resumed, losses[330:339], first=330) == [], "the spike was told before"
     with pytest.raises(Diverged, match="it rose at step 300"):
-        follow(resumed, losses[330:], first=330)
-    assert capsys.readouterr().out == "", "the spike was told before"
+        follow(resumed, losses[339:], first=339)
 
 
 def metrics(step, loss, *, halted_at=-1, skipped=False):
@@ -185,7 +199,7 @@ def metrics(step, loss, *, halted_at=-1, skipped=False):
 
 
 def test_an_interval_with_a_step_that_is_not_finite_is_never_handed_to_a_checkpoint():
-    progress = Progress(10, 0, None, vocabulary=400, leads=True)
+    progress = Progress(10, 0, None, vocabulary=400, leads=True, workdir=None)
     progress.add(metrics(2, 2.0), ("a",), 0.0)
     assert [step["loss"] for step in progress.state()["interval"]] == [2.0]
     progress.add(metrics(3, "nan", halted_at=3), ("b",), 0.0)
@@ -194,7 +208,7 @@ def test_an_interval_with_a_step_that_is_not_finite_is_never_handed_to_a_checkpo
 
 
 def test_a_skipped_step_is_named_once_and_stays_out_of_the_watch(capsys):
-    progress = Progress(10, 0, None, vocabulary=400, leads=True)
+    progress = Progress(10, 0, None, vocabulary=400, leads=True, workdir=None)
     progress.add(metrics(3, "nan", skipped=True), ("bad/0", "bad/1"), 0.0)
     for _ in range(2):
         assert progress.state()["watch"]["history"] == []

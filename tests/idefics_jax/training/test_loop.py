@@ -119,8 +119,12 @@ def test_a_loss_that_is_not_finite_names_step_documents_and_checkpoint(values, t
     values["checkpoint_every"] = 1
     with pytest.raises(
         UserError, match=r"not finite at step \d .*its documents: \w+/\w+\.parquet:\d+.*last good checkpoint is .*/1;"
-    ):
+    ) as error:
         run(values, tmp_path)
+    (kept,) = (tmp_path / "suspects").iterdir()
+    told = json.loads(kept.read_text())
+    assert told["what"].startswith(f"the loss or its gradient is not finite at step {told['step']} ")
+    assert ", ".join(told["documents"][:8]) in str(error.value)
 
 
 @pytest.mark.parametrize("adaptation", ["lora", "frozen"])

@@ -10,7 +10,7 @@ def metrics(step: int) -> dict[str, float]:
 
 
 def test_each_reason_of_rejection_is_shown_once_with_an_example(capsys):
-    progress = Progress(steps=3, diverged_after=0, state=None, vocabulary=400, leads=True)
+    progress = Progress(steps=3, diverged_after=0, state=None, vocabulary=400, leads=True, workdir=None)
     bad = [{"empty": 2}, {"empty": 3}, {"empty": 3, "bomb": 1}]
     for step, rejected in enumerate(bad, start=1):
         progress.add(metrics(step), ("s/a:0",), 0.0)
