@@ -1,9 +1,9 @@
 """Shows what is trained on: packed rows as a picture and as text, from the very batches that training would get.
 
-    python -m data_pipelines.show --config configs/digits.py [--out rows.png] [--batches 1]
+    python -m data_pipelines.show --config configs/digits.py [--out rows.png] [--batches 4] [--shard 0]
 
-Green text is trained on, grey is not; see shown_rows.py. A batch is made whole, and that of a pod takes tens of GiB:
-`--config.data.shape.rows=2 --config.data.virtual_shards=2` shows the first rows that two shards would give.
+Green text is trained on, grey is not; see shown_rows.py. Of each batch the rows of one virtual shard are made and shown:
+a whole batch of a pod takes tens of GiB.
 """
 
 from pathlib import Path
@@ -18,7 +18,8 @@ from idefics_jax.processor import Processor
 
 _CONFIG = commands.define_config(None, "a training config, configs/NAME.py[:argument]")
 _OUT = flags.DEFINE_string("out", "rows.png", "picture to write")
-_BATCHES = flags.DEFINE_integer("batches", 1, "batches shown", lower_bound=1)
+_BATCHES = flags.DEFINE_integer("batches", 4, "batches of which rows are shown", lower_bound=1)
+_SHARD = flags.DEFINE_integer("shard", 0, "virtual shard whose rows are shown, from 0", lower_bound=0)
 
 
 def main() -> None:
@@ -28,7 +29,10 @@ def main() -> None:
         raise UserError(f"config.{missing[0]} is missing; give the config of a training")
     processor = Processor.load(values["processor"]).with_image_rules(values["image_rules"])
     config = settings.build(pipeline.DataConfig, pipeline.in_order(values["data"]), "config.data")
-    data = pipeline.batches(config, processor, process_index=0, process_count=1)
+    if _SHARD.value >= config.virtual_shards:
+        raise UserError(f"--shard is {_SHARD.value}; data.virtual_shards is {config.virtual_shards}, counted from 0")
+    # The rows of a process that holds this shard alone.
+    data = pipeline.batches(config, processor, process_index=_SHARD.value, process_count=config.virtual_shards)
     shown = [next(data).arrays for _ in range(_BATCHES.value)]
     for batch in shown:
         for row in range(len(batch["tokens"])):
