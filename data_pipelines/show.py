@@ -2,8 +2,8 @@
 
     python -m data_pipelines.show --config configs/digits.py [--out rows.png] [--batches 4] [--shard 0]
 
-Green text is trained on, grey is not; see shown_rows.py. Of each batch the rows of one virtual shard are made and shown:
-a whole batch of a pod takes tens of GiB.
+Green text is trained on, grey is not; see shown_rows.py. Of each batch the rows of one virtual shard are made and
+shown, as a whole batch of a pod takes tens of GiB.
 """
 
 from pathlib import Path
