@@ -40,7 +40,7 @@ def run(main: Callable[..., None], *, required: tuple[str, ...] = (), takes_comm
         rest = _parse(sys.argv, required, takes_command)
         main(*([rest] if takes_command else []))
     except UserError as error:
-        processes.hold_back()
+        processes.hold_back(error)
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         processes.leave(USAGE_ERROR)
     except BrokenPipeError:
@@ -53,13 +53,13 @@ def run(main: Callable[..., None], *, required: tuple[str, ...] = (), takes_comm
         os._exit(INTERRUPTED)  # Python's own way out would end threads of JAX in the middle of compiling
     except Exception as error:
         if isinstance(error, OSError) and error.errno in PLACE_ERRORS:
-            processes.hold_back()
+            processes.hold_back(error)
             where = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
             print(f"error: {where}; free some space or choose another folder", file=sys.stderr)
             processes.leave(USAGE_ERROR)
         if not processes.several():
             raise
-        processes.hold_back()
+        processes.hold_back(error)
         traceback.print_exc()
         processes.leave(1)
     except SystemExit as error:

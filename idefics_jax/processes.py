@@ -26,6 +26,8 @@ HEARTBEAT = "JAX_HEARTBEAT_TIMEOUT_SECONDS"
 # JAX's own 100 would leave the others waiting a minute and a half for one that is gone.
 _HEARTBEAT_SECONDS = 10
 _HOLD_BACK_SECONDS = 0.5
+# How errors begin that may be of communication, and how long after a silence is too long JAX may say so.
+_BETWEEN_PROCESSES, _HEARTBEAT_DELAY_SECONDS = ("UNKNOWN:", "UNAVAILABLE:", "DEADLINE_EXCEEDED:"), 3.0
 
 
 @contextlib.contextmanager
@@ -68,7 +70,7 @@ def _initialize() -> None:
     import jax
 
     given = {name: os.environ.get(name) for name in (ADDRESS, COUNT, INDEX)}
-    seconds = _number(HEARTBEAT, os.environ.get(HEARTBEAT, str(_HEARTBEAT_SECONDS)), least=1)
+    seconds = _heartbeat_seconds()
     if given[COUNT] is None and given[INDEX] is None:
         # Detects a TPU pod, Slurm or Open MPI; nothing is asked for where there is none of them.
         with contextlib.suppress(_Alone):
@@ -94,6 +96,10 @@ def _initialize() -> None:
             f"this is one machine of {jax.process_count()}, and how to reach the others was not detected; set "
             f"{ADDRESS}, {COUNT} and {INDEX}"
         )
+
+
+def _heartbeat_seconds() -> int:
+    return _number(HEARTBEAT, os.environ.get(HEARTBEAT, str(_HEARTBEAT_SECONDS)), least=1)
 
 
 class _Alone(Exception):
@@ -136,14 +142,20 @@ def first() -> bool:
     return jax.process_index() == 0
 
 
-def hold_back() -> None:
+def hold_back(error: Exception) -> None:
     """Waits before an error is told, the first process shortly and the others longer.
 
     So what all meet is told once, and what follows from another's death not at all: launch/processes.py has ended
-    this process by then.
+    this process by then. Without it JAX's heartbeats do, which alone know who is dead: what may be a failure of
+    communication waits for them.
     """
-    if several():
-        time.sleep(_HOLD_BACK_SECONDS if first() else 3 * _HOLD_BACK_SECONDS)
+    if not several():
+        return
+    import jax
+
+    if isinstance(error, jax.errors.JaxRuntimeError) and str(error).startswith(_BETWEEN_PROCESSES):
+        time.sleep(_heartbeat_seconds() + _HEARTBEAT_DELAY_SECONDS)
+    time.sleep(_HOLD_BACK_SECONDS if first() else 3 * _HOLD_BACK_SECONDS)
 
 
 def leave(status: int | str | None) -> None:

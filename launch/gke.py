@@ -112,7 +112,7 @@ def _container(job: Job) -> dict[str, Any]:
         "name": _CONTAINER,
         "image": job.image,
         # No shell between: the signal that asks to stop reaches the run itself.
-        "command": list(job.command),
+        "command": list(job.watched_command),
         "env": [{"name": name, "value": value} for name, value in job.all_environment.items()],
         "ports": [{"containerPort": port} for port in _PORTS],
         "resources": {"limits": {"google.com/tpu": job.slices.chips_per_host}},

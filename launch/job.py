@@ -78,6 +78,11 @@ class Job:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be 0 or more")
 
     @property
+    def watched_command(self) -> tuple[str, ...]:
+        """The command as it is run, so that a machine that has lost another says which (watch.py)."""
+        return ("python", "-m", "launch.watch", "--", *self.command)
+
+    @property
     def all_environment(self) -> dict[str, str]:
         """Every variable that the launcher sets."""
         return {**ENVIRONMENT, **self.environment}

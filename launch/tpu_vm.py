@@ -74,7 +74,7 @@ def _docker(job: Job) -> str:
     words = ["docker", "run", "--name", CONTAINER, "--privileged", "--net=host", f"--stop-timeout={job.grace_seconds}"]
     words += ["-v", f"{MOUNT}:{MOUNT}:ro"] if job.bucket else []
     words += [word for name, value in job.all_environment.items() for word in ("-e", f"{name}={value}")]
-    return shlex.join([*words, job.image, *job.command])
+    return shlex.join([*words, job.image, *job.watched_command])
 
 
 def create(job: Job, script: str) -> list[str]:

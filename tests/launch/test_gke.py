@@ -14,6 +14,7 @@ from launch.job import Job
 from launch.slices import SLICES, find
 from tests.launch import jobset
 
+WATCHED = ("python", "-m", "launch.watch", "--")
 JOB = Job(
     name="stage1",
     slices=find("v5e-256"),
@@ -110,7 +111,7 @@ def test_a_run_that_was_stopped_starts_again_and_one_that_must_be_mended_does_no
 
 def test_the_command_is_run_as_it_is_without_a_shell():
     (container,) = pod_of(manifest(JOB, QUEUE))["containers"]
-    assert container["command"] == list(JOB.command)
+    assert container["command"] == [*WATCHED, *JOB.command]
     assert {"name": "LIBTPU_INIT_ARGS", "value": "--one=1 --two=2"} in container["env"]
 
 
@@ -152,5 +153,5 @@ def test_dry_run_prints_the_manifest_and_runs_nothing():
     content = yaml.safe_load(done.stdout)
     assert jobset.faults(content) == []
     (container,) = pod_of(content)["containers"]
-    assert container["command"] == ["python", "-m", "x", "--y"]
+    assert container["command"] == [*WATCHED, "python", "-m", "x", "--y"]
     assert {"name": "A", "value": "b=c"} in container["env"]

@@ -202,7 +202,7 @@ def test_every_run_is_a_jobset_or_a_request_of_its_own(write_sweep):
     for number, content in enumerate(jobsets):
         assert jobset.faults(content) == []
         (container,) = content["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
-        assert container["command"][3:] == [
+        assert container["command"][7:] == [
             *("--config", arguments[-1], "--workdir", f"gs://my-bucket/rates/00{number}"),
             f"--config.seed={number + 1}",
         ]

@@ -100,7 +100,7 @@ def test_startup_script_runs_the_command_again_after_a_stop_or_a_death(statuses,
     calls = [shlex.split(line) for line in (tmp_path / "calls").read_text().splitlines()]
     runs = [call for call in calls if call[:2] == ["docker", "run"]]
     assert len(runs) == ran
-    assert runs[0][-4:] == list(job().command)
+    assert runs[0][-8:] == ["python", "-m", "launch.watch", "--", *job().command]
     for words in (["-e", "A=one two"], ["-e", "IDEFICS_STOPPED_STATUS=75"], ["--stop-timeout=90"], ["--privileged"]):
         assert all(word in runs[0] for word in words)
     assert ["gcsfuse", "--implicit-dirs", "-o", "ro", "my-bucket", "/bucket"] in calls
