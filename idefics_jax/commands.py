@@ -6,6 +6,7 @@ import errno
 import importlib.util
 import os
 import re
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -64,6 +65,15 @@ def run(main: Callable[..., None], *, required: tuple[str, ...] = (), takes_comm
         processes.leave(1)
     except SystemExit as error:
         processes.leave(error.code)
+
+
+def local(command: list[str]) -> list[str]:
+    """Returns the words of a command as this machine runs them; raises UserError if there is no such program."""
+    if command[0] == "python":  # the one that runs this, also where no environment is activated
+        return [sys.executable, *command[1:]]
+    if shutil.which(command[0]) is None:
+        raise UserError(f"there is no program {command[0]!r}; write the command as in a shell, as python -m MODULE")
+    return command
 
 
 def end_stopped() -> None:

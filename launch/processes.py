@@ -12,7 +12,6 @@ import collections
 import contextlib
 import dataclasses
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -25,7 +24,6 @@ from typing import IO
 from absl import flags
 
 from idefics_jax import commands, processes
-from idefics_jax.errors import UserError
 
 _COUNT = flags.DEFINE_integer("processes", 2, "how many processes", lower_bound=1, short_name="n")
 _DEVICES = flags.DEFINE_integer("devices", 1, "devices of each", lower_bound=1)
@@ -227,11 +225,7 @@ def run(command: list[str], *, count: int, devices: int) -> int:
 
 
 def main(command: list[str]) -> None:
-    if command[0] == "python":
-        command[0] = sys.executable  # the one that runs this, also where no environment is activated
-    if shutil.which(command[0]) is None:
-        raise UserError(f"there is no program {command[0]!r}; write the command as in a shell, as python -m MODULE")
-    sys.exit(run(command, count=_COUNT.value, devices=_DEVICES.value))
+    sys.exit(run(commands.local(command), count=_COUNT.value, devices=_DEVICES.value))
 
 
 if __name__ == "__main__":

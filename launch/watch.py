@@ -11,7 +11,6 @@ process so; where one launcher owns all processes, as launch.processes does, it 
 import os
 import queue
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +19,6 @@ import time
 from typing import IO
 
 from idefics_jax import commands, processes
-from idefics_jax.errors import UserError
 
 # A line that may begin a report, which is held back until it is known whether the process ends by it, and one that says
 # that it does.
@@ -117,11 +115,7 @@ def _read(source: IO[bytes], lines: queue.SimpleQueue) -> None:
 
 
 def main(command: list[str]) -> None:
-    if command[0] == "python":
-        command[0] = sys.executable  # the one that runs this, also where no environment is activated
-    if shutil.which(command[0]) is None:
-        raise UserError(f"there is no program {command[0]!r}; write the command as in a shell, as python -m MODULE")
-    sys.exit(run(command))
+    sys.exit(run(commands.local(command)))
 
 
 if __name__ == "__main__":
