@@ -96,7 +96,8 @@ def _hopeless(document: Document, processor: Processor, shape: BatchShape) -> tu
     if characters > shape.tokens * processor.tokenizer.longest_piece:
         return (
             "too-many-tokens",
-            f"it has {characters} characters, more than {shape.tokens} tokens spell; raise data.document_tokens",
+            f"it has {characters} characters, more than {shape.tokens} tokens spell; raise document_tokens of the data "
+            "or its source",
         )
     return None
 

@@ -85,7 +85,10 @@ def misfit(sizes: Sizes, shape: BatchShape) -> tuple[str, str] | None:
     """Returns (reason, sentence) if a document does not fit even an empty row, else None."""
     largest = max(sizes.images, default=0)
     if sizes.tokens > shape.tokens:
-        return "too-many-tokens", f"it has {sizes.tokens} tokens, more than {shape.tokens}; raise data.document_tokens"
+        return (
+            "too-many-tokens",
+            f"it has {sizes.tokens} tokens, more than {shape.tokens}; raise document_tokens of the data or its source",
+        )
     if len(sizes.images) > shape.images:
         return "too-many-images", f"it has {len(sizes.images)} images and a row {shape.images}; raise data.shape.images"
     if largest > shape.patches:

@@ -67,7 +67,8 @@ class DataConfig:
         anew. None to begin all of them.
       seed: of the order of documents and of packing.
       shape: sizes of a batch; its rows are those of all processes together.
-      document_tokens: the most tokens of a document, at most those of a row; longer ones are cut.
+      document_tokens: the most tokens of a document, at most those of a row; longer ones are cut. A source may
+        say less.
       virtual_shards: how many independent parts every epoch and every batch is made of. It must divide the rows of a
         batch, and be a multiple of every number of processes that the run may use.
       lookahead: documents that wait to be chosen from, in each shard; more fill rows better.
@@ -214,11 +215,15 @@ def _check(config: DataConfig, processor: Processor, process_count: int) -> None
 
 def _open(config: DataConfig, processor: Processor, cache: Cache, *, shards_here: int) -> dict[str, DocumentSource]:
     """Opens every source once, whatever the stages and shards that read it."""
-    shape = dataclasses.replace(config.shape, rows=1, tokens=config.document_tokens)
+
+    def shape(source: SourceConfig) -> BatchShape:
+        most = min(config.document_tokens, source.document_tokens or config.document_tokens)
+        return dataclasses.replace(config.shape, rows=1, tokens=most)
+
     return {
         source.name: DocumentSource(
             dataclasses.replace(source, weight=1.0),
-            prepare=functools.partial(encode, processor=processor, shape=shape),
+            prepare=functools.partial(encode, processor=processor, shape=shape(source)),
             prepared_size=encoded_size,
             cache=cache,
             seed=zlib.crc32(source.name.encode(), config.seed),

@@ -71,6 +71,7 @@ class SourceConfig:
       captions: (column, share of the documents) of each text that chance takes for a pair's caption; none for the
         column `caption` alone. A pair without the text drawn has another of them (pairs.with_caption).
       features: (field, feature) of each field of a row that a TFDS set calls otherwise than tfds_source.FIELDS does.
+      document_tokens: the most tokens of one of its documents, if that is less than `data.document_tokens`.
     """
 
     name: str
@@ -83,6 +84,7 @@ class SourceConfig:
     filters: Filters = Filters()
     captions: tuple[tuple[str, float], ...] = ()
     features: tuple[tuple[str, str], ...] = ()
+    document_tokens: int | None = None
 
     def __post_init__(self):
         where = f"source {self.name!r}"
@@ -100,6 +102,8 @@ class SourceConfig:
         of_turns = ", ".join(self.augmentation.of_turns_alone)
         if of_turns and self.kind not in CONVERSATIONS:
             raise UserError(f"{where}: {of_turns} is for kind {' or '.join(CONVERSATIONS)}, not {self.kind!r}")
+        if self.document_tokens is not None and self.document_tokens < 1:
+            raise UserError(f"{where}: document_tokens is {self.document_tokens!r}; it must be at least 1, or None")
         if self.window < 1:
             raise UserError(f"{where}: window is {self.window!r}; it must be at least 1 row group")
         filters.check_kind(self.filters, self.kind, where=where)

@@ -58,7 +58,8 @@ def _documents(config: Any, sources: Any, shape: BatchShape) -> Iterator[Measure
         text, images = DRAW[source.kind](rng)
         split = dataclasses.replace(rules, split=rng.random() < (source.augmentation.get("split_share") or 0.0))
         grids = [_grids(rng, size, split, source.augmentation) for size in images]
-        yield from CUT[source.kind](text, grids, shape)
+        most = source.get("document_tokens") or shape.tokens
+        yield from CUT[source.kind](text, grids, dataclasses.replace(shape, tokens=min(most, shape.tokens)))
 
 
 def _grids(rng: np.random.Generator, size: tuple[int, int], rules: ImageRules, chances: Any) -> Grids:

@@ -15,6 +15,7 @@ def get_config(chip: str = "") -> ConfigDict:
     config.steps = 300  # paper: a few hundred, with a large batch
     config.init_from = f"{stage1.WORKDIR}/instruct"
     config.grow_vocabulary = "none"
+    # Of this stage the paper tells no rate or schedule; ours: those of the instruction tuning, 1e-4 and linear.
     config.optimizer.warmup_steps = 30  # ours
     config.data.stages = {"chat": {"sources": sources(), "documents": None}}
     return config

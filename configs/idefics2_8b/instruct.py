@@ -95,6 +95,7 @@ def get_config(chip: str = "") -> ConfigDict:
     # A magnitude is the length of a pretrained column: decay would shrink it. Ours, the code makes no exception.
     config.partition = ((".*/lora_magnitude", "trainable", 1.0, 0.0), *stage1.partition())
     config.neftune_alpha = 5.0  # code
+    config.optimizer.learning_rate = 1e-4  # code
     config.optimizer.schedule = "linear"  # code
     config.optimizer.warmup_steps = 100  # code
     config.data.after = None  # no source is read in both stages

@@ -28,6 +28,7 @@ WEIGHTS = "weights"
 # 8.8 images and 1,300 tokens of text a sequence in this stage, where the paper tells 8.3 and 1,220.
 SHARES = {"obelics": 0.70, "pairs": 0.30}
 DOCUMENTS_A_SEQUENCE = {"obelics": 2.1, "pairs": 17.0, "pdf": 1.0}
+SEQUENCE = {"obelics": 2048, "pairs": 1536, "pdf": 1024}  # tokens (paper): a longer document is cut
 IMAGE_SIDE = 27  # patches: what 378 to 384 pixels hold
 # What each chip has memory for, of 64 v4 and v5p and 256 v5e (launch.aot --search): the policy that recomputes least,
 # and the most rows at once.
@@ -41,7 +42,7 @@ RESIZER = "simd"  # ours: a quarter of the time, at most one level of 255 beside
 
 def get_config(chip: str = "") -> ConfigDict:
     config = ConfigDict()
-    config.seed = 0
+    config.seed = 0  # ours
     config.steps = 80_000  # code: the checkpoint that stage 2 began from
     # Any Idefics2 folder; its tokenizer is Mistral's and three control tokens.
     config.processor = f"{WEIGHTS}/idefics2-8b-base"
@@ -50,7 +51,7 @@ def get_config(chip: str = "") -> ConfigDict:
         "longest_edge": 384,
         "shortest_edge": 378,
         "positions_per_side": IMAGE_SIDE,
-        "split": False,
+        "split": False,  # paper: images are split in the instruction tuning alone
         "resizer": RESIZER,
     }
     config.init_from = placeholder(str)
@@ -74,13 +75,13 @@ def get_config(chip: str = "") -> ConfigDict:
     config.quantize = ()
     config.lora = lora(dora=False)
     config.new_rows = 2  # code: the rows of the two new tokens train, the old ones stay
-    config.neftune_alpha = 0.0
+    config.neftune_alpha = 0.0  # paper: noise in the instruction tuning alone
     config.optimizer = optimizer()
     config.max_skipped_steps = 10  # ours
     config.diverged_after = 100  # ours
     config.data = data()
     config.mesh = {"data": -1, "fsdp": 64}  # ours: 64 divides both widths, 1,152 and 4,096
-    config.sharding = "fsdp"
+    config.sharding = "fsdp"  # ours, and all of what follows
     config.log_every = 10
     config.checkpoint_every = 500
     config.keep_checkpoints = 3
@@ -127,6 +128,7 @@ def model(*, positions_a_side: int, vocab_size: int) -> ConfigDict:
                 "rms_norm_eps": 1e-5,
                 "rope_theta": 10000.0,
                 "sliding_window": 4096,
+                "pad_token_id": 0,  # transformers' default for Idefics2: the embedding of <unk> gets no gradient
             },
         }
     )
@@ -166,7 +168,7 @@ def optimizer() -> ConfigDict:
     return ConfigDict(
         {
             "name": "adamw",  # paper
-            "learning_rate": 1e-4,  # paper
+            "learning_rate": 1e-4,  # paper: of both pretraining stages
             "muon_learning_rate": 1e-4,  # not read
             "schedule": "constant",  # code: linear to 0 over 500,000 steps, of which a sixth was run
             "warmup_steps": 2000,  # code
@@ -180,7 +182,7 @@ def optimizer() -> ConfigDict:
 def data() -> ConfigDict:
     return ConfigDict(
         {
-            "seed": 0,
+            "seed": 0,  # ours
             "after": placeholder(str),
             "stages": {"stage1": {"sources": sources(SHARES, augmentation={}), "documents": None}},
             "shape": {
@@ -193,7 +195,7 @@ def data() -> ConfigDict:
                 "images": 19,
                 "patch_dim": 3 * 14**2,
             },
-            "document_tokens": 2048,  # paper: web pages; pairs, of 1,536 there, are shorter
+            "document_tokens": 2048,  # paper: web pages
             # Ours, all of what follows.
             "virtual_shards": 64,  # as many as the largest slices have hosts
             "lookahead": 256,
@@ -215,7 +217,7 @@ def sources(shares: dict[str, float], *, augmentation: dict) -> dict[str, dict]:
     files = {
         "obelics": ("obelics/*.parquet",),
         "pairs": ("laion_coco/*.parquet", "pmd/*.parquet"),
-        "pdf": ("ocr_idl/*.parquet", "pdfa/*.parquet"),
+        "pdf": ("ocr_idl/*.parquet", "pdfa/*.parquet", "rendered_text/*.parquet"),
     }
     return {
         name: {
@@ -225,6 +227,7 @@ def sources(shares: dict[str, float], *, augmentation: dict) -> dict[str, dict]:
             "image_root": f"{DATA}/obelics_images" if name == "obelics" else None,
             "augmentation": augmentation,
             "filters": filters(name),
+            "document_tokens": SEQUENCE[name],
         }
         for name, share in shares.items()
     }

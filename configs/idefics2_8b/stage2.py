@@ -48,6 +48,6 @@ def image_rules() -> dict[str, int | bool | str]:
         "longest_edge": 980,
         "shortest_edge": 378,
         "positions_per_side": POSITIONS,
-        "split": False,
+        "split": False,  # as in stage 1
         "resizer": stage1.RESIZER,
     }

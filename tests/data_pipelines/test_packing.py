@@ -75,7 +75,7 @@ def test_reasons_for_a_misfit_name_the_setting():
     shape = BatchShape(1, tokens=10, vision_rows=2, patches=10, images=3)
     assert misfit(Sizes(10, (10, 10)), shape) is None
     for sizes, reason, setting in [
-        (Sizes(11, ()), "too-many-tokens", "data.document_tokens"),
+        (Sizes(11, ()), "too-many-tokens", "raise document_tokens of the data"),
         (Sizes(1, (1, 1, 1, 1)), "too-many-images", "shape.images"),
         (Sizes(1, (11,)), "image-too-large", "shape.patches"),
         (Sizes(1, (6, 6, 6)), "too-many-patches", "shape.vision_rows"),
