@@ -7,7 +7,6 @@ values it cannot honour are refused by name.
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +17,7 @@ from idefics_jax.errors import UserError
 PARTS = ("vision_config", "perceiver_config", "text_config")
 # The decoder of a file that has no text_config at all, where it differs from Mistral's own defaults.
 DEFAULT_TEXT = {"max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "pad_token_id": 0}
-ACTIVATIONS = ("gelu_pytorch_tanh", "gelu", "silu", "relu")
+ACTIVATIONS = ("gelu_pytorch_tanh", "gelu", "silu", "swish", "relu")
 # Read from the file, but only ever with the one value this port computes.
 FIXED = {"attention_dropout": 0.0}
 # Read, and kept in `extra`, without a field of their own.
@@ -29,10 +28,11 @@ class ConfigError(UserError):
     """A configuration that cannot be used; the message names the field, its value and the mend."""
 
 
-def _check_number(where: str, value: Any, kind: type) -> None:
+def _check_number(where: str, value: Any, kind: type, *, or_zero: bool = False) -> None:
     number = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= 0:
+    if not number or not (0 <= value < 2**63) or not (value or or_zero):
         noun = "a positive number" if kind is float else "a whole number of at least 1"
+        noun = f"{noun} or 0" if or_zero else noun
         raise ConfigError(f"{where} is {value!r}; it must be {noun}")
 
 
@@ -41,7 +41,7 @@ def _check_part(part: Any, where: str) -> None:
     for field in dataclasses.fields(part):
         value = getattr(part, field.name)
         if field.type in (int, float):
-            _check_number(f"{where}.{field.name}", value, field.type)
+            _check_number(f"{where}.{field.name}", value, field.type, or_zero=field.name == "initializer_range")
         elif field.name == "hidden_act" and value not in ACTIVATIONS:
             raise ConfigError(f"{where}.hidden_act is {value!r}; supported are {', '.join(ACTIVATIONS)}")
 
@@ -126,6 +126,7 @@ class TextConfig:
     rope_theta: float = 10000.0
     sliding_window: int | None = 4096
     initializer_range: float = 0.02
+    pad_token_id: int | None = None  # its embedding gets no gradient, as torch's padding_idx
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
     def __post_init__(self):
@@ -139,6 +140,8 @@ class TextConfig:
             raise ConfigError(f"text_config.head_dim is {self.head_dim}; rotary positions need an even number")
         if self.sliding_window is not None:
             _check_number("text_config.sliding_window", self.sliding_window, int)
+        if self.pad_token_id is not None:
+            _check_number("text_config.pad_token_id", self.pad_token_id, int, or_zero=True)
         _check_divides("text_config", "num_attention_heads", "num_key_value_heads", self)
 
 
@@ -154,7 +157,7 @@ class Idefics2Config:
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
     def __post_init__(self):
-        _check_number("image_token_id", self.image_token_id, int)
+        _check_number("image_token_id", self.image_token_id, int, or_zero=True)
         if not isinstance(self.tie_word_embeddings, bool):
             raise ConfigError(f"tie_word_embeddings is {self.tie_word_embeddings!r}; it must be true or false")
         if self.image_token_id >= self.text_config.vocab_size:
@@ -201,9 +204,10 @@ class Idefics2Config:
     def to_hf(self) -> dict[str, Any]:
         """Returns the dict of a `config.json` that transformers loads; `from_hf` reads it back unchanged."""
         text = _write(self.text_config)
-        theta = text.pop("rope_theta")
         rope = text.get("rope_parameters") or {"rope_type": "default"}
-        text["rope_parameters"] = {**rope, "rope_theta": theta}
+        text["rope_parameters"] = {**rope, "rope_theta": text["rope_theta"]}
+        if "rope_theta" not in self.text_config.extra:  # an older file's place for it
+            del text["rope_theta"]
         text.setdefault("model_type", "mistral")
         return {
             "architectures": ["Idefics2ForConditionalGeneration"],
@@ -232,7 +236,7 @@ def read_json(path: epath.PathLike) -> dict[str, Any]:
         raise ConfigError(f"{path} does not exist; give a folder that holds a Hugging Face config.json")
     try:
         hf = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON ({error}); download it again") from error
     if not isinstance(hf, dict):
         raise ConfigError(f"{path} holds a {type(hf).__name__}; a config.json holds one object")
@@ -270,7 +274,9 @@ def _read_text(hf: Mapping[str, Any]) -> TextConfig:
         if other and not (other == ["partial_rotary_factor"] and rope["partial_rotary_factor"] in (1, None)):
             raise ConfigError(f"text_config.{name}.{other[0]} is {rope[other[0]]!r}; it is not supported")
     theta = (hf.get("rope_parameters") or {}).get("rope_theta", hf.get("rope_theta", TextConfig.rope_theta))
-    return _read(TextConfig, {**hf, "rope_theta": theta}, "text_config")
+    config = _read(TextConfig, {**hf, "rope_theta": theta}, "text_config")
+    given = {name: hf[name] for name in ("rope_theta",) if name in hf}
+    return dataclasses.replace(config, extra={**config.extra, **given})
 
 
 def _write(part: Any) -> dict[str, Any]:

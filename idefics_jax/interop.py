@@ -27,9 +27,9 @@ def hf_batch(
     """Turns Hugging Face inputs into a batch of one document a row; call as `hf_batch(**inputs, config=config)`.
 
     Real tokens are moved to the start of their row, whichever side the padding was on, and positions count them.
-    `loss_weights` are 1 at t where token t + 1 is real and is no `<image>`: Hugging Face's labels with padding and
-    `<image>` set to -100. Each image has a vision row of its own, as in the reference, so no attention is spent
-    between images.
+    `loss_weights` are 1 at t where tokens t and t + 1 are real and t + 1 is no `<image>`: Hugging Face's labels with
+    padding and `<image>` set to -100, and with padding on the left the first real token, too. Each image has a vision
+    row of its own, as in the reference, so no attention is spent between images.
 
     Args:
       input_ids: int [B, T].

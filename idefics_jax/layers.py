@@ -34,6 +34,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_pytorch_tanh": lambda x: nn.gelu(x, approximate=True),
     "gelu": lambda x: nn.gelu(x, approximate=False),
     "silu": nn.silu,
+    "swish": nn.silu,
     "relu": nn.relu,
 }
 
@@ -103,13 +104,19 @@ def shared_lora_a(module: nn.Module, x: jax.Array, names: tuple[str, ...]) -> di
 
 
 class Embedding(nn.Module):
-    """A table [size, features] looked up by integer ids; `axes` are the table's logical names."""
+    """A table [size, features] looked up by integer ids.
+
+    Attributes:
+      axes: the table's logical names.
+      untrained: an id whose looked-up row gets no gradient (torch's padding_idx), or None.
+    """
 
     size: int
     features: int
     axes: tuple[str, str]
     std: float
     dtype: Dtype
+    untrained: int | None = None
 
     def setup(self):
         init = nn.with_logical_partitioning(nn.initializers.normal(self.std), self.axes)
@@ -125,6 +132,8 @@ class Embedding(nn.Module):
             first = self.size - new.shape[0]
             # The rows below are looked up apart, so that no gradient of the table's own size is made for them.
             x = jnp.where((ids >= first)[..., None], jnp.take(new, ids - first, axis=0, mode="clip"), x)
+        if self.untrained is not None:
+            x = jnp.where((ids == self.untrained)[..., None], jax.lax.stop_gradient(x), x)
         return x.astype(self.dtype)
 
     def table(self) -> jax.Array:

@@ -42,8 +42,9 @@ class Decoding:
     def __post_init__(self):
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number")
+        # Logits divided by less are beyond float32.
+        if self.temperature and not 1e-6 <= self.temperature < float("inf"):
+            raise UserError(f"temperature is {self.temperature}; it must be 0 (greedy) or a number of at least 1e-6")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}; it must lie in (0, 1]")
 

@@ -87,9 +87,8 @@ class Mistral(nn.Module):
 
     def setup(self):
         config = self.config
-        self.embed_tokens = Embedding(
-            config.vocab_size, config.hidden_size, ("vocab", "embed"), config.initializer_range, self.dtype
-        )
+        table, std = (config.vocab_size, config.hidden_size, ("vocab", "embed")), config.initializer_range
+        self.embed_tokens = Embedding(*table, std, self.dtype, untrained=config.pad_token_id)
         length = config.num_hidden_layers
         layers = unrolled(Layer, length=length) if self.unroll else stack(Layer, length=length, remat=self.remat)
         self.layers = layers(config, self.dtype)

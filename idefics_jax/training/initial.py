@@ -23,7 +23,7 @@ from idefics_jax.training.config import TrainConfig
 # Sources that write `<end_of_utterance>`; the others do without its row, as the paper's pretraining does.
 CONVERSATIONS = ("cauldron", "text")
 # Told by a folder, but of no effect on weights that are there.
-NO_SIZES = ("extra", "initializer_range", "max_position_embeddings", "image_size")
+NO_SIZES = ("extra", "initializer_range", "max_position_embeddings", "image_size", "pad_token_id")
 
 
 def load_processor(config: TrainConfig) -> Processor:

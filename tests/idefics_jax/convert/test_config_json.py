@@ -85,6 +85,35 @@ def test_fields_left_out_mean_what_they_mean_in_transformers(tmp_path, source):
                 assert value == getattr(reference_part, name), f"{section}.{name}"
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "written"),
+    [
+        ("rope_theta", 5e5, 5e5),
+        ("hidden_act", "swish", "swish"),
+        ("initializer_range", 0.0, 0.0),
+        ("pad_token_id", 3, 3),
+    ],
+)
+def test_what_transformers_takes_is_taken_and_comes_back(name, value, written):
+    given = copy.deepcopy(RELEASED_CONFIG)
+    given["text_config"][name] = value
+    output = Idefics2Config.from_hf(given).to_hf()
+    assert output["text_config"][name] == written
+    theirs = transformers.Idefics2Config(**copy.deepcopy(given)).text_config
+    read = transformers.Idefics2Config(**output).text_config
+    assert read.rope_parameters == theirs.rope_parameters
+    assert getattr(read, name, None) == getattr(theirs, name, None)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 200_000, '{"model_type": "idefics2", "text_config": {"hidden_size": 1%s}}' % ("0" * 400)]
+)
+def test_a_file_that_is_hostile_is_a_sentence(text, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match="is not JSON|hidden_size is 1000"):
+        Idefics2Config.load(tmp_path)
+
+
 REFUSED = [
     ("model_type", "llava", "model_type 'llava'"),
     ("text_config.model_type", "llama", "text_config.model_type is 'llama'"),

@@ -138,7 +138,15 @@ def test_banned_tokens_are_never_chosen():
     assert choose(jnp.array([[0.0, 9.0, 3.0]]), banned, jax.random.key(0)).tolist() == [2]
 
 
-@pytest.mark.parametrize(("field", "value"), [("max_new_tokens", 0), ("temperature", -1.0), ("top_p", 0.0)])
+def test_each_sampled_token_has_noise_of_its_own(twin, documents):
+    hot = dataclasses.replace(GREEDY, temperature=1e4, banned_ids=())  # as good as uniform: the noise alone decides
+    for row in greedy(twin, documents, hot):
+        assert len(set(row)) > GREEDY.max_new_tokens // 2
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("max_new_tokens", 0), ("temperature", -1.0), ("temperature", 1e-40), ("top_p", 0.0)]
+)
 def test_impossible_decoding_is_refused(field, value):
     with pytest.raises(UserError, match=field):
         dataclasses.replace(GREEDY, **{field: value})

@@ -43,9 +43,9 @@ CONFIGS = {
         "text": {"num_key_value_heads": 1, "hidden_act": "gelu"},
     },
     "two key-value heads, short window": {"text": {"sliding_window": 5}},
-    "all key-value heads, tied head": {
+    "all key-value heads, tied head, a padding token among the words": {
         "perceiver": {"num_key_value_heads": 4},
-        "text": {"num_key_value_heads": 4},
+        "text": {"num_key_value_heads": 4, "pad_token_id": 49},
         "tie_word_embeddings": True,
     },
 }
@@ -54,6 +54,7 @@ CONFIGS = {
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS.keys())
 def test_logits_loss_and_every_gradient_are_the_reference_s(changes, documents):
     twin = reference.twin(**changes)
+    assert sum(np.count_nonzero(document.tokens == 49) for document in documents)
     batch = reference.batch([[document] for document in documents], vision_rows=2)
     assert_close(twin.logits(batch), twin.logits_hf(documents), WHOLE)
     (loss, grads), (loss_hf, grads_hf) = twin.loss_and_grads(batch), twin.loss_and_grads_hf(documents)
