@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.interpreters import partial_eval
 
 from idefics_jax.param_transforms import paths
+from idefics_jax.param_transforms.shapes import on_shapes
 
 INITS = ("gaussian", "kaiming")
 LEAVES = ("lora_A", "lora_B", "lora_magnitude")
@@ -84,12 +85,13 @@ def _kernels(params: Mapping[str, Any]) -> dict[str, Any]:
     return {paths.parent(path): leaf for path, leaf in paths.flatten(params).items() if path.endswith("/kernel")}
 
 
+@on_shapes
 def init(params: Mapping[str, Any], spec: LoraSpec, rng: jax.Array) -> dict[str, Any]:
     """Makes the adapters; the adapted model starts as the base model.
 
     Args:
       params: the parameters. Only shapes are read, except of the kernels under DoRA, whose magnitudes start as the
-        norms of their columns. For a plan without weights, call it through `jax.eval_shape`.
+        norms of their columns.
       spec: targets, the first match wins.
       rng: key.
 
@@ -128,6 +130,7 @@ def axes(param_axes: Mapping[str, Any], adapters: Mapping[str, Any]) -> dict[str
     return paths.map_paths(of_leaf, adapters)
 
 
+@on_shapes
 def scale(adapters: Mapping[str, Any], spec: LoraSpec) -> dict[str, Any]:
     """Multiplies every B by its target's alpha / rank: the form in which the model reads adapters."""
     chosen = targets(adapted_modules(adapters), spec)
@@ -155,6 +158,7 @@ def with_dropout(adapters: Mapping[str, Any], spec: LoraSpec) -> dict[str, Any]:
     return paths.unflatten(flat)
 
 
+@on_shapes
 def merge(params: Mapping[str, Any], adapters: Mapping[str, Any], spec: LoraSpec) -> dict[str, Any]:
     """Returns the parameters with each adapted kernel in place of its base, computed in float32, in its dtype.
 
@@ -169,6 +173,7 @@ def merge(params: Mapping[str, Any], adapters: Mapping[str, Any], spec: LoraSpec
     return _for_each_kernel(merged, params, adapters, spec)
 
 
+@on_shapes
 def unmerge(
     params: Mapping[str, Any], adapters: Mapping[str, Any], spec: LoraSpec, norms: Mapping[str, jax.Array]
 ) -> dict[str, Any]:
@@ -195,6 +200,7 @@ def unmerge(
     return _for_each_kernel(unmerged, params, adapters, spec)
 
 
+@on_shapes
 def column_norms(params: Mapping[str, Any], adapters: Mapping[str, Any], spec: LoraSpec) -> dict[str, jax.Array]:
     """Returns {module path: norms of the columns of W + scale * A @ B, float32 [.., out]} of the adapted modules."""
     norms: dict[str, jax.Array] = {}

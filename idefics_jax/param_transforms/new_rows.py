@@ -11,11 +11,13 @@ from typing import Any
 import jax.numpy as jnp
 
 from idefics_jax.param_transforms import paths
+from idefics_jax.param_transforms.shapes import on_shapes
 
 NAME = "new_rows"
 TABLES = {"text_model/embed_tokens": "embedding", "text_model/lm_head": "kernel"}
 
 
+@on_shapes
 def init(params: Mapping[str, Any], count: int) -> dict[str, Any]:
     """Returns float32 copies of the last `count` rows, as adapters.
 
@@ -48,6 +50,7 @@ def axes(adapters: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
+@on_shapes
 def merge(params: Mapping[str, Any], adapters: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the parameters with the new rows in their tables, in the tables' dtypes."""
     flat = paths.flatten(params)

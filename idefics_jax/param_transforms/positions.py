@@ -14,11 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from idefics_jax.param_transforms import paths
+from idefics_jax.param_transforms.shapes import on_shapes
 
 TABLE = "vision_model/embeddings/position_embedding/embedding"
 SHARPNESS = -0.75  # of PyTorch's cubic kernel; jax.image.resize has -0.5
 
 
+@on_shapes
 def resize(params: Mapping[str, Any], side: int) -> dict[str, Any]:
     """Returns the parameters with a position table of `side` x `side` rows, computed in float32, in its dtype.
 

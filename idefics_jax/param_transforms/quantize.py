@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from idefics_jax.param_transforms import paths
+from idefics_jax.param_transforms.shapes import on_shapes
 
 STEPS = 127  # symmetric: -128 is not used
 
@@ -36,6 +37,7 @@ def check_frozen(trained: Mapping[str, Any], frozen: Mapping[str, Any], patterns
         )
 
 
+@on_shapes
 def quantize(params: Mapping[str, Any], patterns: Sequence[str]) -> dict[str, Any]:
     """Quantises the kernels whose module path matches a pattern.
 
@@ -53,6 +55,7 @@ def quantize(params: Mapping[str, Any], patterns: Sequence[str]) -> dict[str, An
     return paths.unflatten(flat)
 
 
+@on_shapes
 def dequantize(params: Mapping[str, Any], dtype: jnp.dtype) -> dict[str, Any]:
     """Returns the parameters with every int8 kernel multiplied out in float32, in `dtype`."""
     flat = paths.flatten(params)
@@ -75,6 +78,7 @@ def axes(param_axes: Mapping[str, Any], quantized: Mapping[str, Any]) -> dict[st
     return paths.map_paths(of_leaf, quantized)
 
 
+@on_shapes
 def cast(frozen: Mapping[str, Any], dtype: jnp.dtype) -> dict[str, Any]:
     """Casts frozen parameters, except quantised kernels and their scales."""
     flat = paths.flatten(frozen)

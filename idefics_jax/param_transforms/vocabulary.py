@@ -14,10 +14,12 @@ import jax.numpy as jnp
 
 from idefics_jax.param_transforms import paths
 from idefics_jax.param_transforms.new_rows import TABLES
+from idefics_jax.param_transforms.shapes import on_shapes
 
 STARTS = ("normal", "mean")
 
 
+@on_shapes
 def grow(params: Mapping[str, Any], size: int, *, start: str, rng: jax.Array) -> dict[str, Any]:
     """Returns the parameters with `size` rows in each vocabulary table.
 

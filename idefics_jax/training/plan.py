@@ -98,12 +98,12 @@ def lay_out(config: TrainConfig, sizes: Idefics2Config) -> Plan:
     (params, axes), dtype = abstract_params(sizes), jnp.dtype(config.frozen_dtype)
     try:
         check_random(config, params)
-        parts = jax.eval_shape(lambda tree: starting_adapters(config, tree), params)
+        parts = starting_adapters(config, params)
         adapters = jax.eval_shape(partition.combine, *parts)  # in the order in which a run has them
         chosen = partition.choose(params, adapters, config.partition)
         base, frozen = partition.split(params, chosen)
         quantize.check_frozen(base, frozen, config.quantize)
-        frozen = jax.eval_shape(lambda tree: quantize.cast(quantize.quantize(tree, config.quantize), dtype), frozen)
+        frozen = quantize.cast(quantize.quantize(frozen, config.quantize), dtype)
     except ValueError as error:
         raise UserError(str(error)) from error
     trainable = trained_parts(base, adapters)
@@ -138,7 +138,7 @@ def trained_parts(base: dict[str, Any], adapters: dict[str, Any]) -> dict[str, A
 
 
 def starting_adapters(config: TrainConfig, params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the adapters before the first step: LoRA's, and the new vocabulary rows; to be traced.
+    """Returns the adapters before the first step, or of shapes their shapes: LoRA's, and the new vocabulary rows.
 
     Args:
       config: the settings.
