@@ -29,6 +29,11 @@ DEVIATIONS, LEAST_RISE = 6.0, 0.1
 # small mean, by this many times itself, but some nats still.
 FAR, FAR_DEVIATIONS = 0.5, 2.0
 FAR_NATS, FAR_TIMES, LEAST_NATS = 0.5, 2.0, 0.1
+# No loss is usual that is above the larger of a guess and the first loss by more nats than this.
+MOST_NATS = 2.0
+# A mean that is above the best one by this share of it, and by so many standard deviations of their difference, is told
+# of: too little to stop for, as other data may do as much.
+RISEN, RISEN_DEVIATIONS = 0.15, 3.0
 # Share of a window that may be lower without the loss being down again, and what "on its way back" takes in a window.
 LOWER, WAY_BACK = 0.25, 0.02
 # Other data: the shares of the sources differ by this part of what they could beyond chance. Chance is what two draws
@@ -63,8 +68,12 @@ class Stopped(UserError):
 class Halted(Stopped):
     """A step whose numbers are not finite; the parameters are those before it."""
 
-    def __init__(self, step: int, loss: float, documents: Sequence[str]):
-        super().__init__(step, step, f"the loss or its gradient is not finite at step {step} (loss {loss})", documents)
+    def __init__(self, step: int, loss: float, grad_norm: float, documents: Sequence[str]):
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            what = f"the update of the parameters is not finite at step {step}, its loss ({loss}) and gradient are"
+        else:
+            what = f"the loss or its gradient is not finite at step {step} (loss {loss})"
+        super().__init__(step, step, what, documents)
 
 
 class Diverged(Stopped):
@@ -93,8 +102,10 @@ class _Seen:
     documents: list[str] = dataclasses.field(default_factory=list)
     # The loss and how many documents of each source, in the last window before that step and the first since.
     steps: list[tuple[float, dict[str, int]]] = dataclasses.field(default_factory=list)
-    # The first loss.
+    # The first loss; the best mean of a window, and whether a rise above it has been told.
     first: float | None = None
+    best: float = sys.float_info.max
+    risen: bool = False
 
 
 class LossWatch:
@@ -140,16 +151,18 @@ class LossWatch:
         """Takes a step's finite loss and the documents of its batch, "source/name".
 
         Returns:
-          A sentence about the spike that begins with this step, if one does.
+          A sentence about the spike that begins with this step, or about a rise that has been slow or small, if there
+          is one to tell.
 
         Raises:
           Diverged: the loss has stayed far up for `diverged_after` steps and is not on its way back.
         """
         spike = self._new_spike(step, loss)
         self._seen.history = [*self._seen.history, loss][-max(HISTORY, self._window) :]
-        if self._window:
-            self._follow(step, loss, documents)
-        return spike
+        if not self._window:
+            return spike
+        self._follow(step, loss, documents)
+        return spike or self._new_rise(step)
 
     def end(self) -> None:
         """Judges a loss that is far up at the last step as if it had stayed so, if it has been for longer than a spike.
@@ -171,6 +184,19 @@ class LossWatch:
         begins = spiking and not seen.spiking and not seen.up
         seen.spiking = spiking
         return f"loss spike at step {step}: {loss:.3f}, usually {usual:.3f}" if begins else None
+
+    def _new_rise(self, step: int) -> str | None:
+        seen, recent = self._seen, self._seen.history[-self._window :]
+        if len(recent) < self._window:
+            return None
+        mean = statistics.fmean(recent)
+        seen.best = min(seen.best, mean)
+        sure = RISEN_DEVIATIONS * _noise(recent) * math.sqrt(2 / len(recent))
+        risen = mean > seen.best + max(RISEN * seen.best, LEAST_NATS, sure)
+        begins = risen and not seen.risen and not seen.up
+        # Told again only once it has been halfway down.
+        seen.risen = risen or (seen.risen and mean > (1 + RISEN / 2) * seen.best)
+        return f"the loss has risen: {mean:.3f} over {len(recent)} steps, at best {seen.best:.3f}" if begins else None
 
     def _follow(self, step: int, loss: float, documents: Sequence[str]) -> None:
         """Counts the steps that the loss is far up, and judges it once they are enough."""
@@ -207,7 +233,8 @@ class LossWatch:
             if limit < seen.limit:
                 seen.level, seen.limit = mean, limit
         # However noisy: a loss that has diverged is.
-        seen.limit = min(seen.limit, (1 + FAR) * max(self._guess, seen.first))
+        usual = max(self._guess, seen.first)
+        seen.limit = min(seen.limit, (1 + FAR) * usual, usual + MOST_NATS)
 
     def _judge(self, recent: list[float]) -> None:
         """Stops the run, unless the loss is on its way back or the data is other data, whose loss is its own."""

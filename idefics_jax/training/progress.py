@@ -75,11 +75,12 @@ class Progress:
             documents = tuple(itertools.chain.from_iterable(parts))
             step, loss = int(metrics["step"]), float(metrics["loss"])
             if int(metrics["halted_at"]) != RUNNING:
-                raise Halted(int(metrics["halted_at"]), loss, documents)
+                raise Halted(int(metrics["halted_at"]), loss, float(metrics["grad_norm"]), documents)
             if metrics["skipped"]:
                 wrong = f"step {step} is not finite and was skipped"
             else:
                 wrong = self._watch.see(step, loss, documents)
+                wrong = wrong and f"{wrong} ({_told_norms(metrics)})"
             if wrong:
                 self._tell(step, wrong, documents)
         self._watched = len(known)
@@ -170,10 +171,20 @@ class Progress:
         minutes, seconds = divmod(round(left), 60)
         return (
             f"step {step}/{self._steps}  loss {means['loss']:.6f}  accuracy {means['accuracy']:.3f}  "
+            f"gradient {means['grad_norm']:.3g}  "
             f"{speed['perf/tokens_per_second']:,.0f} tokens/s  {speed['perf/images_per_second']:,.0f} images/s  "
             f"fill {means['token_fill']:.2f} tokens {means['patch_fill']:.2f} patches  {minutes}:{seconds:02d} left"
             + (f"  {rejected} documents rejected" if rejected else "")
         )
+
+
+def _told_norms(metrics: dict[str, Any]) -> str:
+    """Returns a step's norms of gradient and update by part of the model, in words."""
+    told = {}
+    for kind in ("grad_norm", "update_norm"):
+        parts = {name.partition("/")[2]: value for name, value in metrics.items() if name.startswith(f"{kind}/")}
+        told[kind] = ", ".join(f"{part} {float(value):.2g}" for part, value in sorted(parts.items()))
+    return f"gradient norms: {told['grad_norm']}; update norms: {told['update_norm']}"
 
 
 def averages(interval: list[dict[str, float]]) -> dict[str, float]:

@@ -43,6 +43,21 @@ def test_a_spike_is_told_once():
     assert told.startswith("loss spike at step 200: 5.000, usually 2.")
 
 
+@pytest.mark.parametrize(
+    ("losses", "rises"),
+    [
+        pytest.param(np.r_[np.full(300, 5.0), np.full(400, 7.3)], 1, id="by-nearly-half"),
+        pytest.param(np.r_[np.full(300, 1.0), np.linspace(1.0, 1.4, 400), np.full(300, 1.4)], 1, id="slowly"),
+        pytest.param(np.r_[np.full(300, 1.0), np.linspace(1.0, 1.1, 400), np.full(300, 1.1)], 0, id="by-a-tenth"),
+        pytest.param(np.r_[np.full(300, 1.0), np.tile(np.r_[np.full(150, 1.3), np.full(150, 1.0)], 2)], 2, id="twice"),
+    ],
+)
+def test_a_rise_too_small_to_stop_for_is_told(losses, rises):
+    losses = losses * (1 + 0.02 * NOISE[: len(losses)])
+    told = follow(LossWatch(50, None, vocabulary=VOCABULARY), losses)
+    assert sum(line.startswith("the loss has risen: ") for line in told) == rises
+
+
 def test_the_documents_of_a_step_gone_wrong_are_named_and_all_of_them_kept(tmp_path, capsys):
     documents = tuple(f"web/file:{i}" for i in range(20))
     progress = Progress(100, 0, None, vocabulary=400, leads=True, workdir=epath.Path(tmp_path))
@@ -51,12 +66,10 @@ def test_the_documents_of_a_step_gone_wrong_are_named_and_all_of_them_kept(tmp_p
     progress.interval()
     (line,) = capsys.readouterr().out.splitlines()
     first, kept = ", ".join(documents[:8]), tmp_path / "suspects" / "step_25.json"
-    assert line == (f"loss spike at step 25: 9.000, usually 2.000; its documents: {first} and 12 more (all in {kept})")
-    assert json.loads(kept.read_text()) == {
-        "step": 25,
-        "what": "loss spike at step 25: 9.000, usually 2.000",
-        "documents": list(documents),
-    }
+    norms = "connector 0.25, text_model 0.25"
+    what = f"loss spike at step 25: 9.000, usually 2.000 (gradient norms: {norms}; update norms: {norms})"
+    assert line == f"{what}; its documents: {first} and 12 more (all in {kept})"
+    assert json.loads(kept.read_text()) == {"step": 25, "what": what, "documents": list(documents)}
 
 
 @pytest.mark.parametrize("rise", [0.0, 0.1])
@@ -77,6 +90,7 @@ NOISY_TWO = 2 + 0.05 * NOISE[:200]
         pytest.param(np.concatenate([NOISY_TWO, 2 * 1.005 ** np.arange(1400)]), 284, id="half-a-percent-a-step"),
         pytest.param(np.concatenate([[6.2, 6.5, 8, 12, 20, 30, 45], 60 + NOISE[:80]]), 4, id="before-it-has-learnt"),
         pytest.param(np.concatenate([NOISY_TWO, np.tile(np.linspace(40, 38, 50), 20)]), 200, id="falls-in-each-window"),
+        pytest.param(np.r_[7.0, np.linspace(7, 12, 200), np.full(60, 12.0)], 82, id="worse-than-a-guess"),
         pytest.param(np.concatenate([falling(300), 7 * np.exp(0.5 * NOISE[:150])]), 300, id="noisy"),
         pytest.param(np.r_[np.full(200, 0.15), np.full(60, 0.6)] * (1 + 0.15 * NOISE[:260]), 200, id="small"),
         pytest.param(np.r_[2.0, np.full(60, 3.5)], 1, id="from-the-first-loss-of-a-trained-model"),
@@ -195,7 +209,9 @@ def test_going_on_from_a_saved_state_judges_as_if_never_stopped():
 
 
 def metrics(step, loss, *, halted_at=-1, skipped=False):
-    return {"step": np.int32(step), "loss": np.float32(loss), "halted_at": np.int32(halted_at), "skipped": skipped}
+    made = {"step": np.int32(step), "loss": np.float32(loss), "halted_at": np.int32(halted_at), "skipped": skipped}
+    made |= {f"{name}_norm/{part}": 0.25 for name in ("grad", "update") for part in ("connector", "text_model")}
+    return {**made, "grad_norm": np.float32(loss)}
 
 
 def test_an_interval_with_a_step_that_is_not_finite_is_never_handed_to_a_checkpoint():
@@ -204,6 +220,15 @@ def test_an_interval_with_a_step_that_is_not_finite_is_never_handed_to_a_checkpo
     assert [step["loss"] for step in progress.state()["interval"]] == [2.0]
     progress.add(metrics(3, "nan", halted_at=3), ("b",), 0.0)
     with pytest.raises(Halted, match="not finite at step 3 .*its documents: b"):
+        progress.state()
+
+
+def test_an_update_that_overflows_is_not_put_down_to_the_loss():
+    progress = Progress(10, 0, None, vocabulary=400, leads=True, workdir=None)
+    progress.add(metrics(3, 2.0, halted_at=3), ("b",), 0.0)
+    with pytest.raises(
+        Halted, match=r"the update of the parameters is not finite at step 3, its loss \(2.0\) and grad"
+    ):
         progress.state()
 
 
