@@ -225,6 +225,8 @@ TOLD = (
     (RECIPES, "optimizer.b2", 0.999),
     (RECIPES, "optimizer.clip_norm", 1.0),
     (("stage1", "stage2", "instruct"), "optimizer.learning_rate", 1e-4),
+    (("stage1",), "steps", 80_000),
+    (("instruct",), "steps", 6000),
     (("stage1",), "optimizer.warmup_steps", 2000),
     (("instruct",), "optimizer.warmup_steps", 100),
     (PRETRAINING, "optimizer.schedule", "constant"),
@@ -241,6 +243,8 @@ TOLD = (
     (("stage1",), "image_rules.positions_per_side", 27),
     (("stage2", *TUNING), "image_rules.positions_per_side", 70),
     (("stage2",), "resize_positions", True),
+    (("stage1",), "grow_vocabulary", "normal"),
+    (("instruct",), "grow_vocabulary", "mean"),
     (PRETRAINING, "neftune_alpha", 0.0),
     (("instruct",), "neftune_alpha", 5.0),
 )
@@ -262,6 +266,15 @@ def test_what_the_paper_and_the_code_tell_stands_in_the_recipes():
         rules = {rule.pattern: rule for rule in config.partition}
         assert {pattern: rules[pattern].weight_decay for pattern in decay} == decay
         assert {rule.lr_factor for rule in rules.values() if rule.state == "trainable"} == {1.0}
+
+
+@pytest.mark.parametrize("name", PRETRAINING)
+def test_a_batch_has_the_paper_s_tokens_and_documents_the_length_of_its_sequences(name):
+    config = built(name)
+    assert config.data.shape.rows * config.data.shape.tokens == 2048 * 2048
+    told = {"obelics": 2048, "pairs": 1536, "pdf": 1024}
+    for source in sources(config).values():
+        assert min(source.document_tokens, config.data.document_tokens) == told[source.name]
 
 
 def test_images_and_turns_are_augmented_where_the_paper_does():

@@ -8,7 +8,7 @@ import pytest
 
 from data_pipelines import cauldron, obelics
 from data_pipelines.cutting import cut
-from data_pipelines.pipeline import batches
+from data_pipelines.pipeline import Stage, batches
 from data_pipelines.rejection import Rejected
 from idefics_jax.batch import BatchShape
 from idefics_jax.errors import UserError
@@ -131,6 +131,17 @@ def test_a_long_page_is_cut_between_its_parts(one_source, processor):
     joined = " ".join(pieces[name] for name in ordered).split()
     assert joined == " ".join(words).split()[: len(joined)]
     assert len(joined) > 50
+
+
+@pytest.mark.parametrize(("of_source", "most"), [(None, 64), (20, 20), (100, 64)])
+def test_a_source_may_have_shorter_documents(of_source, most, one_source, processor):
+    row = {"images": [None] * 40, "texts": ["one two"] * 40, "metadata": "", "general_metadata": ""}
+    config = one_source([row], "obelics", obelics.SCHEMA, lookahead=4)
+    (source,) = config.stages[0].sources
+    config = dataclasses.replace(config, stages=(Stage((dataclasses.replace(source, document_tokens=of_source),)),))
+    arrays = next(start(config, processor)).arrays
+    lengths = [np.bincount(row)[1:].max() for row in arrays["segment_ids"]]
+    assert most - 8 < max(lengths) <= most
 
 
 def test_a_text_that_no_row_holds_is_cut_between_passages(one_source, processor):

@@ -14,6 +14,7 @@ from idefics_jax.layers import Linear, shared_lora_a
 from idefics_jax.param_transforms import lora
 from idefics_jax.side_path import column_norms, neftune
 from idefics_jax.stack import REMAT_POLICIES
+from tests.idefics_jax import tiny
 
 SIZE_IN, SIZE_OUT, RANK, ALPHA = 7, 5, 2, 6.0
 LINEAR = Linear(SIZE_OUT, ("embed", "mlp"), 0.02, jnp.float32, use_bias=True)
@@ -150,6 +151,19 @@ def test_siblings_share_a_mask_where_their_rates_are_equal(rates):
         np.testing.assert_allclose(sums.mean(), SIZE_IN, rtol=0.03)
         np.testing.assert_allclose(sums.var(), SIZE_IN * rate / (1 - rate), rtol=0.1, atol=1e-6)
     assert not np.array_equal(run(1)[0], one)
+
+
+def test_training_noises_the_embeddings_that_the_decoder_reads():
+    batch, variables = tiny.batch(0), {"params": tiny.params()}
+
+    def embedded(model, **rngs):
+        return np.asarray(model.apply(variables, batch, rngs=rngs, method="embed"))
+
+    plain, model = embedded(tiny.MODEL), tiny.MODEL.clone(neftune_alpha=5.0)
+    np.testing.assert_array_equal(embedded(model), plain)  # without a key, as in evaluation
+    noise = np.abs(embedded(model, neftune=jax.random.key(0)) - plain)[:, :20]
+    bound = 5.0 / np.sqrt(10 * tiny.CONFIG.text_config.hidden_size)  # documents of ten tokens
+    assert 0.95 * bound < noise.max() <= 1.001 * bound
 
 
 def test_noise_has_the_width_of_its_own_document():
