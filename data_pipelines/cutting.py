@@ -1,17 +1,19 @@
 """Cutting: a document too large for a row becomes several, at the boundaries its kind knows.
 
 A conversation is cut between turns, and every piece has the images; a web page and scanned pages are cut between
-passages. A turn or a passage that is alone too large stays rejected. The result depends on the document and the row
-alone.
+passages. Of a turn that is alone too large the end of the answer is dropped, and counted; a turn whose question is too
+large, or a passage, stays rejected. The result depends on the document and the row alone.
 
 Images that cutting leaves without text are left out. That is no damage, unless the whole document has none.
 """
 
 import bisect
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import TypeVar
 
+from data_pipelines.passages import passages
 from data_pipelines.rejection import FILTERED, Rejected
 
 # What cutting may mend: the document is too large, not bad.
@@ -20,6 +22,8 @@ TOO_LARGE = ("too-many-tokens", "too-many-images", "too-many-patches")
 TOO_SHORT = ("nothing-trained",)
 # The reason of pieces that have images alone, of a document that has text.
 LEFT_OUT = f"{FILTERED}piece_without_text"
+# The reason that an answer whose end was dropped is counted by.
+CUT_SHORT = f"{FILTERED}answer_cut_short"
 # A document of so many units is tried whole first. A longer one is not: ten thousand images would be read for nothing.
 _TRIED_WHOLE = 256
 
@@ -53,6 +57,26 @@ def cut(units: int, make: Callable[[int, int], Piece | Rejected]) -> list[Piece 
         counted |= is_too_large(piece)
         first, guess = end, end - first
     return _without_text_left_out(pieces)
+
+
+def beginning(text: str, make: Callable[[str], Piece | Rejected]) -> Piece | Rejected | None:
+    """Prepares the longest beginning of a text that is not too large: some of its words, never all of them.
+
+    Args:
+      text: what is alone too large.
+      make: prepares a document of a beginning of it; of a longer one it is larger.
+
+    Returns:
+      What was prepared, or None if the first word is too large.
+    """
+    # A script without spaces has no words, but passages.
+    stretches = [word for passage in passages(text) for word in re.findall(r"\S+\s*|\s+", passage)]
+
+    def made(count: int) -> Piece | Rejected:
+        return make("".join(stretches[:count]).rstrip())
+
+    fits = bisect.bisect_left(range(1, len(stretches)), True, key=lambda count: is_too_large(made(count)))
+    return made(fits) if fits else None
 
 
 def _without_text_left_out(pieces: list[Piece | Rejected]) -> list[Piece | Rejected]:

@@ -251,18 +251,39 @@ class DocumentSource:
 
         self._check_some_are_found(values, taken)
 
-        def make(first: int, end: int) -> Any:
-            whole = end - first == units
-            row, piece = (values, name) if whole else (kind.piece(values, first, end), f"{name}[{first}:{end}]")
+        cut_short: dict[int, Rejected] = {}
+
+        def prepared(row: dict[str, Any], piece: str, *, open_end: bool = False) -> Any:
             document = _document(self._config, row, piece)
             if isinstance(document, Rejected):
                 return document
+            if open_end:  # the answer goes on where it stops, so that what ends it is not to be learnt
+                document = dataclasses.replace(document, parts=document.parts[:-1])
             if augmentation.is_random_of_images:  # to make a generator takes as long as to read a record
                 document = augmentation.of_document(document, np.random.default_rng((*seed, 1)))
             return self._prepare(document)
 
+        def make(first: int, end: int) -> Any:
+            whole = end - first == units
+            row, piece = (values, name) if whole else (kind.piece(values, first, end), f"{name}[{first}:{end}]")
+            found = prepared(row, piece)
+            if end - first > 1 or self._config.kind not in CONVERSATIONS or not cutting.is_too_large(found):
+                return found
+            (turn,) = kind.turns(row)
+            if turn.get("choices"):
+                return found
+            shorter = cutting.beginning(
+                turn["assistant"],
+                lambda answer: prepared(kind.with_turns(row, [{**turn, "assistant": answer}]), piece, open_end=True),
+            )
+            if shorter is None:
+                return found
+            what = "its answer is longer than a row holds; raise document_tokens for the whole of it"
+            cut_short[first] = Rejected(f"{self._config.name}/{piece}", cutting.CUT_SHORT, what)
+            return shorter
+
         taken_out = [Rejected(f"{self._config.name}/{name}", reason, "an image of it") for reason in taken.elements()]
-        return (*cutting.cut(units, make), *taken_out)
+        return (*cutting.cut(units, make), *cut_short.values(), *taken_out)
 
 
 def _total(size: Callable[[Any], int], pieces: tuple[Any, ...]) -> int:

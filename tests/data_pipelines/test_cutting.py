@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipelines import cauldron, obelics
+from data_pipelines import cauldron, messages, obelics
 from data_pipelines.cutting import cut
 from data_pipelines.pipeline import Stage, batches
 from data_pipelines.rejection import Rejected
@@ -14,6 +14,7 @@ from idefics_jax.batch import BatchShape
 from idefics_jax.errors import UserError
 from tests.data_pipelines.pictures import png
 
+ROLES = ("user", "assistant")
 TOO_LONG = Rejected("x", "too-many-tokens", "too long")
 
 
@@ -184,13 +185,45 @@ def test_healthy_pages_that_are_cut_have_no_damage(one_source, processor):
 
 def test_a_turn_that_no_row_holds_is_counted_and_the_others_stay(one_source, processor):
     row = talk(3)
-    row["texts"][1]["assistant"] = "five " * 200
+    row["texts"][1]["user"] = "five " * 200
     config = one_source([row], "cauldron", cauldron.SCHEMA, lookahead=4, max_bad_fraction=0.9)
     packed = next(start(config, processor))
     assert set(packed.rejected) == {"too-many-tokens"}
     assert {name.rpartition("[")[2] for name in packed.documents} == {"0:1]", "2:3]"}
     with pytest.raises(UserError, match=r"rows.parquet:0\[1:2\]: it has \d+ characters"):
         next(start(dataclasses.replace(config, max_bad_fraction=0.0), processor))
+
+
+@pytest.mark.parametrize("kind", ["cauldron", "text"])
+def test_the_end_of_an_answer_that_no_row_holds_is_dropped_and_counted(kind, one_source, processor):
+    said = " ".join(f"{i} is next." for i in range(200))
+    turns = [("what is 0?", "0"), ("count", said), ("what is 2?", "2")]
+    if kind == "cauldron":
+        texts = [{"user": user, "assistant": answer, "source": "s"} for user, answer in turns]
+        config = one_source([{"images": [], "texts": texts}], kind, cauldron.SCHEMA, lookahead=4, max_bad_fraction=0.0)
+    else:
+        talk = [{"role": role, "content": text} for turn in turns for role, text in zip(ROLES, turn, strict=True)]
+        config = one_source([{"messages": talk}], kind, messages.SCHEMA, lookahead=4, max_bad_fraction=0.0)
+    packed = next(start(config, processor))
+    assert set(packed.rejected) == {"filter:answer_cut_short"}
+    assert packed.examples["filter:answer_cut_short"].endswith("[1:2]")
+    (text,) = {text for name, text, _ in texts_of(packed, processor) if name.endswith("[1:2]")}
+    question, _, answer = text.partition("Assistant: ")
+    assert "count" in question
+    assert said.startswith(answer)
+    assert f"{said} ".startswith(f"{answer} "), "it ends with a word"
+    tokens, segments = packed.arrays["tokens"], packed.arrays["segment_ids"]
+    ends = {
+        name: (tokens[row][segments[row] == segment] == processor.tokenizer.end_of_utterance_id).sum()
+        for name, (row, segment) in zip(
+            packed.documents,
+            [(row, n) for row, own in enumerate(segments) for n in range(1, own.max() + 1)],
+            strict=True,
+        )
+    }
+    assert {name.rpartition("[")[2]: count for name, count in ends.items()} == {"0:1]": 2, "1:2]": 1, "2:3]": 2}
+    lengths = [np.bincount(row)[1:].max() for row in packed.arrays["segment_ids"]]
+    assert max(lengths) <= 64
 
 
 def test_resuming_between_the_pieces_of_a_document_goes_on_to_the_bit(one_source, processor):
