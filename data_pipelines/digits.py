@@ -22,6 +22,7 @@ import dataclasses
 import io
 import json
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -278,14 +279,14 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="of the layout, 0 or more")
     arguments = parser.parse_args()
-    if arguments.seed < 0:
-        parser.error(f"--seed is {arguments.seed}; it must be 0 or more")
     try:
+        if arguments.seed < 0:
+            raise UserError(f"--seed is {arguments.seed}; it must be 0 or more")
         build(arguments.out, seed=arguments.seed, counts=COUNTS)
-    except UserError as error:
-        parser.error(str(error))
-    except OSError as error:
-        parser.error(f"{arguments.out} cannot be written: {error}")
+    except (UserError, OSError) as error:
+        what = f"{arguments.out} cannot be written: {error}" if isinstance(error, OSError) else error
+        print(f"error: {what}", file=sys.stderr)
+        sys.exit(2)
     print(f"{arguments.out}: " + ", ".join(f"{count} {name}" for name, count in COUNTS.items()))
 
 
