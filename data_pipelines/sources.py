@@ -269,13 +269,7 @@ class DocumentSource:
             found = prepared(row, piece)
             if end - first > 1 or self._config.kind not in CONVERSATIONS or not cutting.is_too_large(found):
                 return found
-            (turn,) = kind.turns(row)
-            if turn.get("choices"):
-                return found
-            shorter = cutting.beginning(
-                turn["assistant"],
-                lambda answer: prepared(kind.with_turns(row, [{**turn, "assistant": answer}]), piece, open_end=True),
-            )
+            shorter = _with_part_of_the_answer(kind, row, lambda row: prepared(row, piece, open_end=True))
             if shorter is None:
                 return found
             what = "its answer is longer than a row holds; raise document_tokens for the whole of it"
@@ -284,6 +278,16 @@ class DocumentSource:
 
         taken_out = [Rejected(f"{self._config.name}/{name}", reason, "an image of it") for reason in taken.elements()]
         return (*cutting.cut(units, make), *cut_short.values(), *taken_out)
+
+
+def _with_part_of_the_answer(kind: Any, row: dict[str, Any], prepare: Callable[[dict[str, Any]], Any]) -> Any | None:
+    """Prepares a conversation of one turn with the most of its answer that is not too large; None if there is none."""
+    (turn,) = kind.turns(row)
+    if turn.get("choices"):  # the answer is one of them, whole
+        return None
+    return cutting.beginning(
+        turn["assistant"], lambda answer: prepare(kind.with_turns(row, [{**turn, "assistant": answer}]))
+    )
 
 
 def _total(size: Callable[[Any], int], pieces: tuple[Any, ...]) -> int:
