@@ -33,7 +33,7 @@ VISION = {
     "num_attention_heads": 3,
     "image_size": PER_SIDE * PATCH,
     "patch_size": PATCH,
-    "layer_norm_eps": 0.03,  # none of the three is another's, or small beside what is normed
+    "layer_norm_eps": 3e-3,  # none of the three is another's, or small beside what is normed
 }
 PERCEIVER = {
     "hidden_size": 32,
@@ -42,7 +42,7 @@ PERCEIVER = {
     "resampler_n_heads": 4,
     "resampler_head_dim": 12,
     "num_key_value_heads": 2,
-    "rms_norm_eps": 0.02,
+    "rms_norm_eps": 2e-3,
 }
 TEXT = {
     "model_type": "mistral",
@@ -53,7 +53,7 @@ TEXT = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 12,
-    "rms_norm_eps": 0.01,
+    "rms_norm_eps": 4e-3,
     "sliding_window": None,
 }
 
