@@ -194,7 +194,8 @@ def document_min_images_before_text(outline: Sequence[bool], least: int) -> bool
 
 def document_max_perplexity(row: dict[str, Any], most: float) -> bool:
     """Whether a page's perplexity is not higher; one without a score is not known to be good. NaN is no score."""
-    return row[PERPLEXITY] is not None and row[PERPLEXITY] <= most
+    score = row.get(PERPLEXITY)  # the training form leaves out what is null
+    return score is not None and score <= most
 
 
 _BY_SIZE: tuple[Callable[[tuple[int, int], float], bool], ...] = (image_min_side, image_max_side, image_max_aspect)

@@ -198,6 +198,22 @@ def test_filters_drop_by_name_and_do_not_count_as_bad(tmp_path):
     assert told["asked"]["filters"] == {"image_min_side": 20}
 
 
+@pytest.mark.parametrize("scores", [(2.5, None, 9.0, float("nan")), (None, None)])
+def test_a_page_without_a_score_is_taken_and_counted(scores, tmp_path):
+    schema = pa.schema([*obelics.SCHEMA, ("perplexity", pa.float64())])
+    rows = [{"images": [None], "texts": ["words"], "perplexity": score} for score in scores]
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), tmp_path / "a.parquet")
+    inputs, chosen = [str(tmp_path / "a.parquet")], Filters(document_max_perplexity=5.0)
+    preparation = opened(inputs, tmp_path / "out", kind="obelics", filters=chosen)
+    if 2.5 not in scores:
+        with pytest.raises(UserError, match=r"none of 2 rows is a document \(filter:document_max_perplexity 2\)"):
+            here(preparation)
+        return
+    told = here(preparation, 0.0)
+    assert told["documents"] == 1
+    assert told["filtered"]["filter:document_max_perplexity"]["documents"] == 3
+
+
 def test_a_page_loses_the_images_that_filters_take_and_keeps_the_rest(tmp_path):
     (tmp_path / "a.png").write_bytes(png(40, 40))
     (tmp_path / "b.png").write_bytes(png(5, 28))
