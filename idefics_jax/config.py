@@ -275,8 +275,9 @@ def _read_text(hf: Mapping[str, Any]) -> TextConfig:
             raise ConfigError(f"text_config.{name}.{other[0]} is {rope[other[0]]!r}; it is not supported")
     theta = (hf.get("rope_parameters") or {}).get("rope_theta", hf.get("rope_theta", TextConfig.rope_theta))
     config = _read(TextConfig, {**hf, "rope_theta": theta}, "text_config")
-    given = {name: hf[name] for name in ("rope_theta",) if name in hf}
-    return dataclasses.replace(config, extra={**config.extra, **given})
+    if "rope_theta" not in hf:
+        return config
+    return dataclasses.replace(config, extra={**config.extra, "rope_theta": hf["rope_theta"]})  # kept where it stood
 
 
 def _write(part: Any) -> dict[str, Any]:

@@ -87,8 +87,14 @@ class Mistral(nn.Module):
 
     def setup(self):
         config = self.config
-        table, std = (config.vocab_size, config.hidden_size, ("vocab", "embed")), config.initializer_range
-        self.embed_tokens = Embedding(*table, std, self.dtype, untrained=config.pad_token_id)
+        self.embed_tokens = Embedding(
+            config.vocab_size,
+            config.hidden_size,
+            ("vocab", "embed"),
+            config.initializer_range,
+            self.dtype,
+            untrained=config.pad_token_id,
+        )
         length = config.num_hidden_layers
         layers = unrolled(Layer, length=length) if self.unroll else stack(Layer, length=length, remat=self.remat)
         self.layers = layers(config, self.dtype)
