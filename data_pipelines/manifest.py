@@ -122,11 +122,17 @@ def digest_of(shards: Sequence[Shard]) -> str:
 
 def check_sizes(shards: Sequence[Shard]) -> None:
     """Raises UserError naming the first shard that is missing or not as long as its manifest says."""
-    for shard in shards:
-        found = shard.path.stat().st_size if shard.path.is_file() else None
-        if found != shard.bytes:
-            was = "is missing" if found is None else f"has {found} bytes where its manifest says {shard.bytes}"
-            raise UserError(f"{shard.path} {was}; prepare it again (the same command mends only what is missing)")
+    for fault in filter(None, map(fault_of, shards)):
+        raise UserError(fault)
+
+
+def fault_of(shard: Shard) -> str | None:
+    """Returns the sentence that says how a shard is missing or not as long as its manifest says, if so."""
+    found = shard.path.stat().st_size if shard.path.is_file() else None
+    if found == shard.bytes:
+        return None
+    was = "is missing" if found is None else f"has {found} bytes where its manifest says {shard.bytes}"
+    return f"{shard.path} {was}; prepare it again (the same command mends only what is missing)"
 
 
 def check_digests(shards: Sequence[Shard]) -> None:

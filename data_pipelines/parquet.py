@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_pipelines.rejection import DAMAGED_FILE, BadRow
 from idefics_jax.errors import UserError
 
 # What reading a damaged file may raise: of Arrow's errors, ArrowMemoryError too, as a wrong size asks for any memory.
@@ -36,12 +37,14 @@ class Footer:
       schema: its columns.
       group_rows: the number of rows of each row group.
       digest: of the footer's bytes, which tell the place, size and range of every page's values.
+      fault: why the file cannot be read; then it counts as one row, which is bad, and its columns are not known.
     """
 
     path: str
     schema: pa.Schema
     group_rows: tuple[int, ...]
     digest: str
+    fault: str = ""
 
 
 class ParquetRows:
@@ -50,6 +53,9 @@ class ParquetRows:
     Attributes:
       group_rows: int64 [groups], the number of rows of each row group.
       digest: of the footers.
+      files: how many files there are.
+      faults: what is wrong with each file that has no footer.
+      lost: share of the files that have none; how many rows they had is not known.
     """
 
     def __init__(self, footers: Sequence[Footer], columns: Sequence[str], *, cached_groups: int):
@@ -69,6 +75,9 @@ class ParquetRows:
         self._first_rows = [
             first for footer in footers for first in itertools.accumulate(footer.group_rows[:-1], initial=0)
         ]
+        self._faults = {footer.path: footer.fault for footer in footers if footer.fault}
+        self.files, self.faults = len(footers), tuple(self._faults.values())
+        self.lost = len(self.faults) / self.files
         self._cached_groups = cached_groups
         self._cache: collections.OrderedDict[int, pa.Table] = collections.OrderedDict()
         self._lock = threading.Lock()
@@ -81,9 +90,13 @@ class ParquetRows:
         """Returns a row of a row group as Python values.
 
         Raises:
+          BadRow: its file cannot be read at all.
           DAMAGED: the row group is damaged.
           UnicodeDecodeError: a text is not UTF-8.
         """
+        fault = self._faults.get(self._groups[group][0])
+        if fault:
+            raise BadRow(DAMAGED_FILE, fault)
         table = self._load(group)
         there = set(table.column_names)
         return {name: table.column(name)[row].as_py() if name in there else None for name in self._columns}
@@ -128,8 +141,20 @@ def expand(patterns: Sequence[str], *, where: str) -> list[str]:
 
 def read_footers(paths: Sequence[str]) -> list[Footer]:
     """Returns the footer of each file; raises UserError if one is not parquet."""
+    footers = footers_or_faults(paths)
+    for footer in footers:
+        if footer.fault:
+            raise UserError(footer.fault)
+    return footers
+
+
+def footers_or_faults(paths: Sequence[str]) -> list[Footer]:
+    """Returns the footer of each file, with a fault if it is not parquet; raises UserError if none is."""
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        return list(pool.map(_read_footer, paths))
+        footers = list(pool.map(_read_footer, paths))
+    if footers and all(footer.fault for footer in footers):
+        raise UserError(footers[0].fault)
+    return footers
 
 
 def reads_as(found: pa.DataType, wanted: pa.DataType) -> bool:
@@ -159,11 +184,14 @@ def open_file(path: str) -> pq.ParquetFile:
 
 
 def _read_footer(path: str) -> Footer:
-    with open_file(path) as file:
-        groups = tuple(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
-        if min(groups, default=0) < 0:
-            raise UserError(f"{path} is damaged: a row group has {min(groups)} rows; write it again")
-        return Footer(path, file.schema_arrow, groups, _footer_digest(path))
+    try:
+        with open_file(path) as file:
+            groups = tuple(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
+            if min(groups, default=0) < 0:
+                raise UserError(f"{path} is damaged: a row group has {min(groups)} rows; write it again")
+            return Footer(path, file.schema_arrow, groups, _footer_digest(path))
+    except UserError as error:
+        return Footer(path, pa.schema([]), (1,), digest="", fault=str(error))
 
 
 def _footer_digest(path: str) -> str:

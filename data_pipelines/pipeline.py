@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import grain
+from absl import logging as absl_logging
 
 from data_pipelines import position
 from data_pipelines.ahead import AheadIterDataset
@@ -29,6 +30,7 @@ from data_pipelines.batches import DecodeIterDataset, Decoding
 from data_pipelines.cache import Cache
 from data_pipelines.mixture import Mixture
 from data_pipelines.packed_rows import Packing, PackIterDataset, encode, encoded_size
+from data_pipelines.rejection import DAMAGED_FILE
 from data_pipelines.sources import DocumentSource, SourceConfig, find_files
 from idefics_jax.batch import BatchShape
 from idefics_jax.errors import UserError
@@ -167,14 +169,15 @@ def batches(
       A Grain iterator: `get_state` and `set_state` hold and restore its position (batches.py).
 
     Raises:
-      UserError: the settings do not fit together, or files are missing or have other columns. While iterating: too
-        many documents are rejected.
+      UserError: the settings do not fit together, or files are missing or have other columns, or those that cannot be
+        read hold more than `max_bad_fraction` of the documents. While iterating: too many documents are rejected.
     """
     _check(config, processor, process_count)
     each = config.virtual_shards // process_count
     shards = range(process_index * each, (process_index + 1) * each)
     cache = Cache(config.cache_mib * 2**20)
     opened = _open(config, processor, cache, shards_here=each)
+    _check_files_are_whole(config, opened)
     about = _about(config, opened, processor)
     starts = position.reached(config.after, shards, about) if config.after else [position.Reached({}, (), ())] * each
     packed = [
@@ -233,6 +236,23 @@ def _open(config: DataConfig, processor: Processor, cache: Cache, *, shards_here
         for stage in config.stages
         for source in stage.sources
     }
+
+
+def _check_files_are_whole(config: DataConfig, opened: Mapping[str, DocumentSource]) -> None:
+    """Raises UserError if files that cannot be read hold too large a share of a stage's documents; else names them."""
+    for stage in config.stages:
+        whole = sum(source.weight for source in stage.sources)
+        lost = sum(source.weight / whole * opened[source.name].lost for source in stage.sources)
+        faults = [fault for source in stage.sources for fault in opened[source.name].faults]
+        if not faults:
+            continue
+        files = sum(opened[source.name].files for source in stage.sources)
+        told = (
+            f"{len(faults)} of {files} files cannot be read, about {lost:.2%} of the documents; the first: {faults[0]}"
+        )
+        if lost > config.max_bad_fraction:
+            raise UserError(f"{told}; data.max_bad_fraction = {config.max_bad_fraction} allows less")
+        absl_logging.warning("%s; they are left out and counted as %s", told, DAMAGED_FILE)
 
 
 class _ShardDocuments(grain.MapDataset):

@@ -70,7 +70,7 @@ class Preparation:
         Raises:
           UserError: too many rows are bad, no row gives a document, every image is missing, or inputs break off.
         """
-        check_bad_fraction(reports, max_bad_fraction)
+        check_bad_fraction(reports, max_bad_fraction, sample=1)
         check_not_barren(reports, least=1)
         cut_short = self._cut_short(reports)
         if cut_short and not keep_cut_short:
@@ -161,11 +161,14 @@ def dropped_in(reports: Sequence[Report]) -> dict[str, dict[str, Any]]:
     return dict(sorted(total.items(), key=lambda item: (-item[1]["documents"], item[0])))
 
 
-def check_bad_fraction(reports: Sequence[Report], limit: float) -> None:
-    """Raises UserError if a larger share of the rows than `limit` was dropped as bad; filtered ones are not."""
+def check_bad_fraction(reports: Sequence[Report], limit: float, *, sample: int = SMALLEST_SAMPLE) -> None:
+    """Raises UserError if a larger share of the rows than `limit` was dropped as bad; filtered ones are not.
+
+    As long as fewer rows than `sample` have been seen, the share is of so many.
+    """
     bad = {reason: told for reason, told in dropped_in(reports).items() if not reason.startswith(FILTERED)}
     count, seen = sum(told["documents"] for told in bad.values()), sum(report.seen for report in reports)
-    if count > limit * max(seen, SMALLEST_SAMPLE):
+    if count > limit * max(seen, sample):
         reasons = "; ".join(
             f"{reason} {told['documents']}, such as {told['example']}: {told['message']}"
             for reason, told in bad.items()

@@ -46,7 +46,9 @@ def open_inputs(recipe: Recipe, patterns: Sequence[str], output: Path) -> Prepar
         raise UserError("--features are for TFDS sets, and --input names none; leave them out")
     if sets:
         tfds_source.TfdsRows(sets, recipe.kind, recipe.features)
-    for footer in parquet.read_footers([path for path in inputs if path.endswith(".parquet")]):
+    for footer in parquet.footers_or_faults([path for path in inputs if path.endswith(".parquet")]):
+        if footer.fault:  # told at the end, with those that break off
+            continue
         columns = readers.parquet_columns(footer, recipe.kind)
         lacking = [name for name in recipe.captions if name not in columns]
         if lacking:

@@ -27,18 +27,23 @@ _BATCH = 16
 def read_parquet(path: str, kind: str) -> Iterator[tuple[str, Row | Rejected]]:
     """Yields (id, row) for the rows of a parquet file; the id is "file:row".
 
-    Of a row group that breaks off, the rows before are given and the others are Rejected.
+    Of a row group that breaks off, the rows before are given and the others are Rejected. A file that is no parquet at
+    all is one Rejected.
 
     Args:
       path: a parquet file.
       kind: a name in sources.KINDS, whose columns it has. A perplexity comes along, and every text of pairs.
 
     Raises:
-      UserError: it is no parquet file, or has other columns.
+      UserError: it has other columns.
     """
-    (footer,) = parquet.read_footers([path])
-    columns = parquet_columns(footer, kind)
     name, first = Path(path).name, 0
+    try:
+        (footer,) = parquet.read_footers([path])
+    except UserError as error:
+        yield name, Rejected(name, "broken-parquet", str(error))
+        return
+    columns = parquet_columns(footer, kind)
     with parquet.open_file(path) as file:
         for group, rows in enumerate(footer.group_rows):
             row = first

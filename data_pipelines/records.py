@@ -18,10 +18,9 @@ import msgpack
 import numpy as np
 from array_record.python import array_record_module
 
-from data_pipelines.manifest import SUFFIX, Shard, check_sizes, digest_of, sha256_of
-from data_pipelines.rejection import BadRow
+from data_pipelines.manifest import SUFFIX, Shard, digest_of, fault_of, sha256_of
+from data_pipelines.rejection import DAMAGED_FILE, BadRow
 from data_pipelines.training_form import Columns, fits
-from idefics_jax.errors import UserError
 
 # One record a group: each is found by itself. Images are compressed already.
 WRITER_OPTIONS = "group_size:1,uncompressed"
@@ -84,16 +83,25 @@ class RecordRows:
     Attributes:
       shards: the shards.
       group_rows: int64 [groups], the number of rows of each group: up to GROUP_ROWS neighbours of one shard.
+      files: how many shards there are.
+      faults: what is wrong with each shard that is missing, cut or emptied; its rows are bad, and have their places in
+        the order all the same.
+      lost: share of the rows that are in those.
     """
 
     def __init__(self, shards: Sequence[Shard], columns: Columns):
-        """Opens nothing yet.
+        """Opens every shard once.
 
         Args:
           shards: with their folders and their numbers of records; none is empty.
           columns: of every row.
         """
         self.shards = shards
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            found = pool.map(_fault_of, shards)
+            self._faults = {shard.path: fault for shard, fault in zip(shards, found, strict=True) if fault}
+        self.files, self.faults = len(shards), tuple(self._faults.values())
+        self.lost = sum(it.records for it in shards if it.path in self._faults) / sum(it.records for it in shards)
         self._columns = columns
         folder = os.path.commonpath([os.path.abspath(shard.path.parent) for shard in shards])
         self._names = [os.path.relpath(shard.path, folder) for shard in shards]
@@ -118,13 +126,15 @@ class RecordRows:
         """Returns a row of a group.
 
         Raises:
-          BadRow: the record is damaged, or cannot be read any more.
+          BadRow: the record or its shard is damaged, or cannot be read any more.
         """
         shard, record = int(self._shard_of[group]), int(self._first_rows[group] + row)
+        path = self.shards[shard].path
+        if path in self._faults:
+            raise BadRow(DAMAGED_FILE, self._faults[path])
         try:
             (data,) = self._reader(shard).read([record])
         except RuntimeError as error:
-            path = self.shards[shard].path
             raise BadRow("damaged-record", f"record {record} of {path} cannot be read ({error})") from error
         return decode(data, self._columns)[1]
 
@@ -141,21 +151,18 @@ class RecordRows:
             return reader
 
 
-def check_shards(shards: Sequence[Shard]) -> None:
-    """Opens every shard once, as training begins.
-
-    Raises:
-      UserError: one is missing, or has not the size or the number of records that its manifest says.
-    """
-    check_sizes(shards)
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        counts = pool.map(lambda shard: open_reader(shard.path).num_records(), shards)
-        for shard, count in zip(shards, counts, strict=True):
-            if count != shard.records:  # 0 where the index at the end cannot be read
-                raise UserError(
-                    f"{shard.path} opens with {count} records where its manifest says {shard.records}: it is damaged; "
-                    "delete it and prepare it again (the same command mends only what is missing)"
-                )
+def _fault_of(shard: Shard) -> str | None:
+    """Opens a shard; returns what is wrong if it is missing, or its size or records are not as its manifest says."""
+    fault = fault_of(shard)
+    if fault:
+        return fault
+    count = open_reader(shard.path).num_records()  # 0 where the index at the end cannot be read
+    if count == shard.records:
+        return None
+    return (
+        f"{shard.path} opens with {count} records where its manifest says {shard.records}: it is damaged; delete it "
+        "and prepare it again (the same command mends only what is missing)"
+    )
 
 
 def open_reader(path: Path) -> array_record_module.ArrayRecordReader:

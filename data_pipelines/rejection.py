@@ -16,7 +16,10 @@ MOST_BARREN = 10_000
 # that cutting leaves out (cutting.py).
 FILTERED = "filter:"
 # The reasons of whole files that break off (tar.py, jsonl.py): what came after is not known, nor how much.
-CUT_SHORT = ("broken-tar", "broken-gzip", "broken-jsonl")
+CUT_SHORT = ("broken-tar", "broken-gzip", "broken-jsonl", "broken-parquet")
+# The reason of rows in a file that cannot be read at all. They come in clusters, so their share of all documents is
+# judged once, before training begins (pipeline.py), and not as they are met.
+DAMAGED_FILE = "damaged-file"
 
 # Characters of a sentence about a row: it may quote the row, and a row may hold megabytes.
 _LONGEST = 500
@@ -37,6 +40,11 @@ class Rejected:
     name: str
     reason: str
     message: str
+
+
+def is_damage(reason: str) -> bool:
+    """Whether documents turned away for a reason count towards the limit as they are met."""
+    return not reason.startswith(FILTERED) and reason != DAMAGED_FILE
 
 
 class Ledger:
@@ -65,11 +73,11 @@ class Ledger:
         """Counts a rejected document (which must have been counted as seen).
 
         Raises:
-          UserError: more than the limit of the documents seen are rejected, those that filters took aside.
+          UserError: more than the limit of the documents seen are rejected, but for reasons that are no `is_damage`.
         """
         self.rejected[document.reason] += 1
         self.examples.setdefault(document.reason, document.name)
-        damage = {reason: count for reason, count in self.rejected.items() if not reason.startswith(FILTERED)}
+        damage = {reason: count for reason, count in self.rejected.items() if is_damage(reason)}
         damaged = collections.Counter(damage)
         total = damaged.total()
         if total > self.limit * max(self.seen, SMALLEST_SAMPLE):

@@ -175,6 +175,21 @@ class DocumentSource:
         return self._rows.group_rows
 
     @property
+    def files(self) -> int:
+        """How many files it has."""
+        return self._rows.files
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """A sentence for each file that cannot be read at all, whose rows are rejected as they come."""
+        return self._rows.faults
+
+    @property
+    def lost(self) -> float:
+        """The share of its documents that are in those; of parquet files, whose rows are not known then, of files."""
+        return self._rows.lost
+
+    @property
     def digest(self) -> str:
         """Of what is known of the files without reading them: the sizes of row groups, and what the files tell."""
         told = repr(self.group_rows.tolist()) + self._rows.digest
@@ -356,9 +371,11 @@ def _open_parquet(config: SourceConfig, paths: list[str]) -> parquet.ParquetRows
                 f"data_pipelines.prepare --kind {config.kind} --input {shlex.quote(path)} --output FOLDER) and name "
                 "that folder"
             )
-    footers = parquet.read_footers(paths)
+    footers = parquet.footers_or_faults(paths)
     columns = []
     for footer in footers:
+        if footer.fault:
+            continue
         needed = columns_of(footer, config.kind, where=f"{footer.path} of source {config.name!r}")
         there = {field.name: field.type for field in footer.schema}
         columns.append(list(dict.fromkeys(needed + _further_columns(config, there, footer.path))))
@@ -375,7 +392,6 @@ def _open_shards(config: SourceConfig, paths: list[str]) -> records.RecordRows:
                 f"{found.path} of source {config.name!r} says kind {found.kind!r}, not {config.kind!r}: set kind to "
                 f"{found.kind!r}"
             )
-        records.check_shards(found.shards)
     common = set.intersection(*(set(found.columns) for found in manifests))
     columns = {name: form for name, form in manifests[0].columns.items() if name in common}
     there = {name: _STORED_AS[form] for name, form in columns.items() if isinstance(form, str)}

@@ -55,7 +55,12 @@ class TfdsRows:
     Attributes:
       group_rows: int64 [groups], the number of rows of each group: up to GROUP_ROWS neighbours of one shard.
       fields: what is in a row by the table.
+      files: how many shards there are.
+      faults, lost: none; a shard that cannot be read shows when its records are.
     """
+
+    faults = ()
+    lost = 0.0
 
     def __init__(self, paths: Iterable[str], kind: str, features: Mapping[str, str]):
         """Reads what lies beside the shards, and no shard yet.
@@ -81,6 +86,7 @@ class TfdsRows:
             starts = range(first, end, GROUP_ROWS)
             groups += [(opened, path, first, start, min(start + GROUP_ROWS, end)) for start in starts]
         self._groups = groups
+        self.files = len({path for _, path, *_ in groups})
         self._folder = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for _, path, *_ in groups])
         self.group_rows = np.array([end - start for *_, start, end in groups], np.int64)
 

@@ -131,7 +131,7 @@ def test_bad_rows_are_counted_by_reason_with_the_first_as_example(tmp_path):
         pair(""),
         pair("fine"),
     ]
-    told = here(opened([write(tmp_path / "a.parquet", rows)], tmp_path / "out"))
+    told = here(opened([write(tmp_path / "a.parquet", rows)], tmp_path / "out"), max_bad_fraction=0.8)
     found = {reason: (told["documents"], told["example"]) for reason, told in told["dropped"].items()}
     assert found == {
         "truncated": (2, "a.parquet:2"),
@@ -170,6 +170,24 @@ def test_inputs_that_break_off_are_refused_unless_told_otherwise_and_named_then(
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(line * 25))
     told = here(opened(inputs, out, kind="text"))
     assert (told["documents"], told["cut_short"]) == (35, [])
+
+
+def test_a_parquet_file_without_a_footer_breaks_off_before_its_first_row(tmp_path):
+    inputs = several(tmp_path, files=2, rows=10)
+    Path(inputs[0]).write_bytes(b"")
+    with pytest.raises(UserError, match=r"1 of 2 inputs break off, such as .*0.parquet is not a readable parquet file"):
+        here(opened(inputs, tmp_path / "out"))
+    told = here(opened(inputs, tmp_path / "out"), keep_cut_short=True)
+    assert [one["input"] for one in told["cut_short"]] == ["0.parquet"]
+    assert (told["documents"], told["seen"]) == (9, 10)
+
+
+def test_the_share_of_bad_rows_is_of_those_that_there_are(tmp_path):
+    preparation = opened([write(tmp_path / "a.parquet", [pair("x")] * 26 + [pair(None)] * 4)], tmp_path / "out")
+    with pytest.raises(UserError, match=r"4 of 30 rows are bad .* more than --max_bad_fraction 0.1 allows"):
+        here(preparation, max_bad_fraction=0.1)
+    assert not (tmp_path / "out" / manifest.MANIFEST).exists()
+    assert here(preparation, max_bad_fraction=0.14)["documents"] == 26
 
 
 def test_too_many_bad_rows_stop_the_run_with_reasons_and_the_mend(tmp_path):

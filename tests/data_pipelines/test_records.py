@@ -180,29 +180,6 @@ def test_a_record_that_is_no_msgpack_is_a_bad_row(tmp_path):
     assert sorted(getattr(source.read(0, i)[0], "reason", "") for i in range(3)) == ["", "", "damaged-record"]
 
 
-def test_a_shard_that_was_cut_emptied_or_lost_stops_at_the_start_with_its_name(tmp_path):
-    (shard,) = write(tmp_path / "out", [talk(str(i)) for i in range(10)])
-    data = shard.path.read_bytes()
-    for content, message in [(data[:-100], "bytes where its manifest says"), (b"", "has 0 bytes"), (None, "missing")]:
-        if content is None:
-            shard.path.unlink()
-        else:
-            shard.path.write_bytes(content)
-        with pytest.raises(UserError, match=message) as stopped:
-            open_source(tmp_path / "out")
-        assert str(shard.path) in str(stopped.value)
-        assert "prepare it again" in str(stopped.value)
-
-
-def test_a_shard_whose_index_is_gone_stops_at_the_start_with_its_name(tmp_path):
-    (shard,) = write(tmp_path / "out", [talk(str(i)) for i in range(10)])
-    data = shard.path.read_bytes()
-    shard.path.write_bytes(data[:-66000] + bytes(66000))  # of the same size
-    with pytest.raises(UserError, match="opens with 0 records where its manifest says 10") as stopped:
-        open_source(tmp_path / "out")
-    assert str(shard.path) in str(stopped.value)
-
-
 def test_what_is_not_prepared_is_refused_with_the_mend(tmp_path):
     (shard,) = write(tmp_path / "out", [talk("4")])
     (tmp_path / "empty").mkdir()
