@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 
 from data_pipelines import forms
+from data_pipelines.rejection import FILTERED
 from idefics_jax.documents import Document, Image
 from idefics_jax.errors import UserError
 
 # The least factor of up-scaling (the authors' code).
 _LEAST = 1.5
+# The reason of turns that max_turns leaves out.
+BEYOND_MAX_TURNS = f"{FILTERED}turn_beyond_max_turns"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Augmentation:
       upscale_to: largest factor; it is drawn from a triangle from 1.5 up to here, its peak.
       shuffle_turns: whether the turns of a conversation come in random order.
       max_turns: how many turns are kept, after shuffling (7 in the authors' code); None for all. The others are left
-        out of this epoch.
+        out of this epoch, and counted as BEYOND_MAX_TURNS.
       suffixes: what asks for short answers (forms.BRIEF is one); each question gets one of them, drawn at random, at
         its end. Questions with choices get none.
       sentences: whether answers get a capital first letter and a final period; those of choices stay.

@@ -2,7 +2,7 @@
 
 A conversation is cut between turns, and every piece has the images; a web page and scanned pages are cut between
 passages. Of a turn that is alone too large the end of the answer is dropped, and counted; a turn whose question is too
-large, or a passage, stays rejected. The result depends on the document and the row alone.
+large, or a passage, is rejected. The result depends on the document and the row alone.
 
 Images that cutting leaves without text are left out. That is no damage, unless the whole document has none.
 """
@@ -22,6 +22,8 @@ TOO_LARGE = ("too-many-tokens", "too-many-images", "too-many-patches")
 TOO_SHORT = ("nothing-trained",)
 # The reason of pieces that have images alone, of a document that has text.
 LEFT_OUT = f"{FILTERED}piece_without_text"
+# The reason of what is alone too large in a document that has been counted for it.
+FURTHER = f"{FILTERED}further_too_large"
 # The reason that an answer whose end was dropped is counted by.
 CUT_SHORT = f"{FILTERED}answer_cut_short"
 # A document of so many units is tried whole first. A longer one is not: ten thousand images would be read for nothing.
@@ -43,8 +45,8 @@ def cut(units: int, make: Callable[[int, int], Piece | Rejected]) -> list[Piece 
       make: prepares the piece of units [first, end); with more units a piece is larger.
 
     Returns:
-      The pieces in order, without units that are alone too large but for the first of them, which is there as Rejected.
-      If a piece is bad, that alone: the document is bad as it would be in one piece, and counts once.
+      The pieces in order, Rejected in place of each unit that is alone too large; after the first of them the reason is
+      FURTHER. If a piece is bad, that alone: the document is bad as it would be in one piece, and counts once.
     """
     pieces, first, guess = [], 0, units if units <= _TRIED_WHOLE else 1
     counted = False  # whether a unit was too large
@@ -52,9 +54,9 @@ def cut(units: int, make: Callable[[int, int], Piece | Rejected]) -> list[Piece 
         piece, end = _longest(first, units, guess, make)
         if _is_bad(piece):
             return [piece]
-        if not (counted and is_too_large(piece)):
-            pieces.append(piece)
-        counted |= is_too_large(piece)
+        if is_too_large(piece):
+            piece, counted = dataclasses.replace(piece, reason=FURTHER) if counted else piece, True
+        pieces.append(piece)
         first, guess = end, end - first
     return _without_text_left_out(pieces)
 

@@ -73,16 +73,17 @@ class Ledger:
         """Counts a rejected document (which must have been counted as seen).
 
         Raises:
-          UserError: more than the limit of the documents seen are rejected, but for reasons that are no `is_damage`.
+          UserError: of the documents seen, without those rejected for reasons that are no `is_damage`, more than the
+            limit are rejected.
         """
         self.rejected[document.reason] += 1
         self.examples.setdefault(document.reason, document.name)
         damage = {reason: count for reason, count in self.rejected.items() if is_damage(reason)}
         damaged = collections.Counter(damage)
-        total = damaged.total()
-        if total > self.limit * max(self.seen, SMALLEST_SAMPLE):
+        total, seen = damaged.total(), self.seen - (self.rejected.total() - damaged.total())
+        if total > self.limit * max(seen, SMALLEST_SAMPLE):
             reasons = ", ".join(f"{reason} {count}" for reason, count in damaged.most_common())
             raise UserError(
-                f"{total} of {self.seen} documents were rejected ({reasons}), more than data.max_bad_fraction = "
+                f"{total} of {seen} documents were rejected ({reasons}), more than data.max_bad_fraction = "
                 f"{self.limit} allows; the last was {document.name}: {document.message}"
             )

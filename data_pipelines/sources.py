@@ -27,7 +27,7 @@ from data_pipelines import (
     records,
     tfds_source,
 )
-from data_pipelines.augmentation import Augmentation
+from data_pipelines.augmentation import BEYOND_MAX_TURNS, Augmentation
 from data_pipelines.cache import Cache
 from data_pipelines.filters import Filters
 from data_pipelines.image_files import check_root
@@ -254,10 +254,12 @@ class DocumentSource:
             return (values,)
         augmentation, kind = self._config.augmentation, KINDS[self._config.kind]
         name = self._rows.name(group, row)
+        left_out = 0
         try:
             if augmentation.of_turns_alone:
-                turns = augmentation.of_turns(kind.turns(values), np.random.default_rng(seed))
-                values = kind.with_turns(values, turns)
+                every = kind.turns(values)
+                turns = augmentation.of_turns(every, np.random.default_rng(seed))
+                values, left_out = kind.with_turns(values, turns), len(every) - len(turns)
             draw = np.random.default_rng((*seed, 2)).random() if len(self._config.captions) > 1 else 0.0
             values, taken = _filtered(self._config, values, draw)
             units = max(1, kind.units(values))
@@ -291,7 +293,8 @@ class DocumentSource:
             cut_short[first] = Rejected(f"{self._config.name}/{piece}", cutting.CUT_SHORT, what)
             return shorter
 
-        taken_out = [Rejected(f"{self._config.name}/{name}", reason, "an image of it") for reason in taken.elements()]
+        taken[BEYOND_MAX_TURNS] = left_out
+        taken_out = [Rejected(f"{self._config.name}/{name}", reason, "a part of it") for reason in taken.elements()]
         return (*cutting.cut(units, make), *cut_short.values(), *taken_out)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from data_pipelines import cauldron, messages, obelics
+from data_pipelines.augmentation import Augmentation
 from data_pipelines.cutting import cut
 from data_pipelines.pipeline import Stage, batches
 from data_pipelines.rejection import Rejected
@@ -29,7 +30,7 @@ def start(config, processor):
         ([9, 1, 8, 2], [(0, 2), (2, 4)]),
         ([4, 11, 5, 5], [(0, 1), "too long", (2, 4)]),
         ([11], ["too long"]),
-        ([11, 12, 3, 13], ["too long", (2, 3)]),
+        ([11, 12, 3, 13], ["too long", "too long", (2, 3), "too long"]),
         ([1] * 25, [(0, 10), (10, 20), (20, 25)]),
     ],
 )
@@ -184,14 +185,30 @@ def test_healthy_pages_that_are_cut_have_no_damage(one_source, processor):
 
 
 def test_a_turn_that_no_row_holds_is_counted_and_the_others_stay(one_source, processor):
-    row = talk(3)
-    row["texts"][1]["user"] = "five " * 200
+    row = talk(5)
+    for turn in (1, 3, 4):
+        row["texts"][turn]["user"] = "five " * 200
     config = one_source([row], "cauldron", cauldron.SCHEMA, lookahead=4, max_bad_fraction=0.9)
     packed = next(start(config, processor))
-    assert set(packed.rejected) == {"too-many-tokens"}
+    times = packed.rejected["too-many-tokens"]
+    assert packed.rejected == {"too-many-tokens": times, "filter:further_too_large": 2 * times}, "once a document"
+    assert packed.examples["filter:further_too_large"].endswith("[3:4]")
     assert {name.rpartition("[")[2] for name in packed.documents} == {"0:1]", "2:3]"}
     with pytest.raises(UserError, match=r"rows.parquet:0\[1:2\]: it has \d+ characters"):
         next(start(dataclasses.replace(config, max_bad_fraction=0.0), processor))
+
+
+def test_turns_beyond_those_kept_are_counted(one_source, processor):
+    config = one_source([talk(3), talk(1)], "cauldron", cauldron.SCHEMA, lookahead=2, max_bad_fraction=0.0)
+    (source,) = config.stages[0].sources
+    kept = dataclasses.replace(source, augmentation=Augmentation(max_turns=1))
+    iterator = start(dataclasses.replace(config, stages=(Stage((kept,)),)), processor)
+    packed = next(iterator)
+    long = sum(name.endswith(":0") for name in packed.documents)
+    assert long
+    assert packed.rejected["filter:turn_beyond_max_turns"] >= 2 * long
+    assert packed.rejected["filter:turn_beyond_max_turns"] % 2 == 0
+    assert packed.examples == {"filter:turn_beyond_max_turns": "mine/rows.parquet:0"}
 
 
 @pytest.mark.parametrize("kind", ["cauldron", "text"])

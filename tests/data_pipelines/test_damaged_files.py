@@ -64,7 +64,8 @@ def test_a_damaged_shard_is_left_out_and_counted_and_no_other_document_changes(
     assert taken[-1].examples["damaged-file"].startswith(lost)
     share = shards[1].records / 230
     assert f"1 of {len(shards)} files cannot be read, about {share:.2%} of the documents" in caplog.text
-    assert str(shards[1].path) in caplog.text and "prepare it again" in caplog.text
+    assert str(shards[1].path) in caplog.text
+    assert "prepare it again" in caplog.text
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -73,7 +74,8 @@ def test_too_many_damaged_shards_stop_the_run_before_it_begins(damage, shards, c
     share = shards[0].records / 230
     with pytest.raises(UserError, match=r"data.max_bad_fraction = 0.01 allows less") as stopped:
         start(reading(config, [tmp_path / "out"], limit=0.01), processor)
-    assert f"about {share:.2%}" in str(stopped.value) and str(shards[0].path) in str(stopped.value)
+    assert f"about {share:.2%}" in str(stopped.value)
+    assert str(shards[0].path) in str(stopped.value)
 
 
 def test_the_share_is_of_the_mixture(shards, config, processor, tmp_path):

@@ -98,14 +98,14 @@ def test_a_pair_goes_with_its_image():
 
 
 def test_what_filters_take_does_not_count_as_damage():
-    ledger = Ledger(limit=0.01)
-    for number in range(200):
+    ledger = Ledger(limit=0.01, seen=1200)
+    for number in range(9000):
         ledger.seen += 1
         ledger.reject(Rejected(str(number), "filter:document_max_images", "too many"))
-    assert ledger.rejected == {"filter:document_max_images": 200}
-    for _ in range(10):
+    assert ledger.rejected == {"filter:document_max_images": 9000}
+    for _ in range(12):
         ledger.reject(Rejected("bad", "truncated", "cut"))
-    with pytest.raises(UserError, match=r"11 of 200 documents were rejected \(truncated 11\)"):
+    with pytest.raises(UserError, match=r"13 of 1200 documents were rejected \(truncated 13\)"):
         ledger.reject(Rejected("bad", "truncated", "cut"))
 
 
