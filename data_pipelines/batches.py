@@ -14,6 +14,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import logging
 
 from data_pipelines import position
 from data_pipelines.cache import Cache
@@ -59,7 +60,8 @@ class Decoding:
       epoch_rows: rows of each source in an epoch of these shards together.
       max_bad_fraction: share of rejected documents of a shard above which iteration stops with a UserError.
       num_threads: threads that decode; 0 for none.
-      about: everything the sequence of batches depends on, as JSON; a state saved with another is refused.
+      about: everything the sequence of batches depends on, as JSON; a state saved with another is refused. Its
+        `workers` are what it does not depend on; other ones are named.
     """
 
     shards: tuple[int, ...]
@@ -131,12 +133,16 @@ class _DecodeIterator(grain.DatasetIterator):
             this code wrote it.
           FileNotFoundError: it lacks a shard that it should have.
         """
-        changed = differences(json.loads(state["about"]), json.loads(self._decoding.about))
+        before, about = json.loads(state["about"]), json.loads(self._decoding.about)
+        workers = differences(before.pop("workers", {}), about.pop("workers"))
+        changed = differences(before, about)
         if changed:
             raise UserError(
                 f"the saved position belongs to other data or other data settings ({'; '.join(changed)}); give them as "
                 "they were, or start in another workdir"
             )
+        if workers:
+            logging.warning("the data goes on with other workers (%s): its batches are the same", "; ".join(workers))
         for place, (shard, parent) in enumerate(zip(self._decoding.shards, self._parents, strict=True)):
             own = state["shards"].get(str(shard))
             if own is None:

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import grain
-from absl import logging as absl_logging
+from absl import logging
 
 from data_pipelines import position
 from data_pipelines.ahead import AheadIterDataset
@@ -179,6 +179,7 @@ def batches(
     opened = _open(config, processor, cache, shards_here=each)
     _check_files_are_whole(config, opened)
     about = _about(config, opened, processor)
+    workers = {"num_threads": config.num_threads, "prefetch": config.prefetch, "processes": process_count}
     starts = position.reached(config.after, shards, about) if config.after else [position.Reached({}, (), ())] * each
     packed = [
         _packed(config, opened, shard, start=start, threads=-(-config.num_threads // each))
@@ -190,7 +191,7 @@ def batches(
         epoch_rows={name: sum(map(source.epoch_rows, shards)) for name, source in opened.items()},
         max_bad_fraction=config.max_bad_fraction,
         num_threads=config.num_threads,
-        about=json.dumps(about),
+        about=json.dumps({**about, "workers": workers}),
     )
     decoded = DecodeIterDataset(packed, decoding, processor=processor, cache=cache)
     return iter(AheadIterDataset(decoded, count=config.prefetch))
@@ -252,7 +253,7 @@ def _check_files_are_whole(config: DataConfig, opened: Mapping[str, DocumentSour
         )
         if lost > config.max_bad_fraction:
             raise UserError(f"{told}; data.max_bad_fraction = {config.max_bad_fraction} allows less")
-        absl_logging.warning("%s; they are left out and counted as %s", told, DAMAGED_FILE)
+        logging.warning("%s; they are left out and counted as %s", told, DAMAGED_FILE)
 
 
 class _ShardDocuments(grain.MapDataset):

@@ -1,6 +1,6 @@
 """Where the data stands, in files: one for each virtual shard, so that any number of processes can take it up.
 
-about.json       everything that the sequence of batches depends on
+about.json       everything that the sequence of batches depends on, and the number of workers, which it does not
 shard_<k>.json   where shard k stands
 """
 

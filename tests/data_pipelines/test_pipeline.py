@@ -13,6 +13,8 @@ from data_pipelines.sources import SourceConfig, read_documents
 from idefics_jax import settings
 from idefics_jax.batch import BatchShape
 from idefics_jax.errors import UserError
+from idefics_jax.processor import Processor
+from idefics_jax.tokenizer import Tokenizer
 from idefics_jax.training.data_position import RestorePosition, SavePosition
 from tests.data_pipelines.pictures import damaged, png
 
@@ -141,7 +143,49 @@ def test_a_position_in_other_data_is_refused(config, processor):
     ]:
         with pytest.raises(UserError, match=f"other data or other data settings .*{told}"):
             start(dataclasses.replace(config, **change), processor).set_state(state)
-    start(dataclasses.replace(config, num_threads=1, prefetch=1, cache_mib=1), processor).set_state(state)
+
+
+def test_a_changed_number_of_workers_is_named_and_changes_no_batch(config, processor, caplog):
+    iterator = start(config, processor)
+    next(iterator)
+    state, expected = iterator.get_state(), take(iterator, 3)
+    other = start(dataclasses.replace(config, num_threads=3, prefetch=2, cache_mib=1), processor)
+    other.set_state(state)
+    assert "other workers (num_threads: 0 -> 3; prefetch: 1 -> 2): its batches are the same" in caplog.text
+    for found, wanted in zip(take(other, 3), expected, strict=True):
+        assert_same(found, wanted)
+    caplog.clear()
+    start(config, processor, process_count=2).set_state(state)
+    assert "other workers (processes: 1 -> 2)" in caplog.text
+    caplog.clear()
+    start(config, processor).set_state(state)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("part", ["stages", "sources", "weights", "image_rules", "num_latents", "tokenizer"])
+def test_every_part_of_what_batches_depend_on_is_compared(part, config, processor):
+    state = start(config, processor).get_state()
+    first, second = config.stages
+    stages, told = config.stages, ""
+    if part == "stages":
+        stages, told = (dataclasses.replace(first, documents=44), second), "data.stages.0.documents: 40 -> 44"
+    elif part == "sources":
+        stages, told = (first, dataclasses.replace(second, sources=second.sources[1:])), "data.stages.1.sources.pairs"
+    elif part == "weights":
+        pairs_source, *others = second.sources
+        heavier = (dataclasses.replace(pairs_source, weight=2.0), *others)
+        stages, told = (first, dataclasses.replace(second, sources=heavier)), "sources.pairs.weight: 1.0 -> 2.0"
+    elif part == "image_rules":
+        processor, told = processor.with_image_rules({"split": True}), "processor.image_rules.split: False -> True"
+    elif part == "num_latents":
+        processor = Processor(processor.tokenizer, processor.image_rules, processor.num_latents + 1)
+        told = "processor.num_latents"
+    else:
+        same_but_for_its_bytes = Tokenizer(processor.tokenizer.model + b"\x12\x00")
+        processor = Processor(same_but_for_its_bytes, processor.image_rules, processor.num_latents)
+        told = "processor.tokenizer"
+    with pytest.raises(UserError, match=told):
+        start(dataclasses.replace(config, stages=stages), processor).set_state(state)
 
 
 def test_a_position_of_an_earlier_version_is_refused_by_what_it_lacks(config, processor):
