@@ -9,19 +9,21 @@ a source's config. The fields of a kind, and the features that fill them unless 
     text       user = question, assistant = answer
     pdf        images, texts
 
-A feature is bytes or text, a class label (read as its name), or a sequence of them; a feature in a group, or in a
-sequence of groups, is called GROUP/FEATURE. Of several texts for one the first is taken, and so it is of several
-answers to one question; else questions and answers are turns.
+A feature is bytes or text, a class label (read as its name), a number, or a sequence of them, or of such sequences; a
+feature in a group, or in a sequence of groups, is called GROUP/FEATURE. Of several texts for one the first is taken,
+and so it is of several answers to one question; else questions and answers are turns.
 
 Images are taken as they were encoded. TFDS would decode them, and cannot leave those in a sequence alone, so it is
 asked for records as bytes, which are parsed here.
 """
 
+import dataclasses
 import functools
 import hashlib
+import itertools
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,15 +158,12 @@ class _Split:
         self._make = functools.partial(_ROWS[kind], table)
         self._ends = np.cumsum(lengths)
         found = _flat(builder.info.features)
-        for field, feature in table.items():
-            if feature not in found:
+        for field, name in table.items():
+            if name not in found:
                 there = ", ".join(sorted(found))
-                raise UserError(
-                    f"{folder} has no feature {feature!r} for {field}; say in features which of {there} it is"
-                )
-        self._labels: dict[str, Callable[[int], str]] = {
-            name: feature.int2str for name, feature in found.items() if isinstance(feature, tfds.features.ClassLabel)
-        }
+                raise UserError(f"{folder} has no feature {name!r} for {field}; say in features which of {there} it is")
+            _check(found[name], field, where=f"{folder}: feature {name!r}")
+        self._features = {name: found[name] for name in table.values()}
 
     def rows_of(self, shard: int, path: str) -> tuple[int, int]:
         """Returns the first row of a shard, and the one after its last."""
@@ -179,24 +178,71 @@ class _Split:
             raise BadRow("damaged-record", f"its record cannot be read ({error}); prepare the set again") from None
         except ValueError as error:  # DecodeError of protobuf
             raise BadRow("damaged-record", f"its record is no example ({error}); prepare the set again") from None
-        return self._make({name: self._values(name, value) for name, value in example.features.feature.items()})
-
-    def _values(self, name: str, value: Any) -> list[bytes]:
-        if value.WhichOneof("kind") == "int64_list":
-            return [self._labels.get(name, str)(number).encode() for number in value.int64_list.value]
-        return list(value.bytes_list.value)
+        stored = example.features.feature
+        return self._make({name: _values(stored, name, feature) for name, feature in self._features.items()})
 
 
-def _flat(features: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns the features by name, those in a group or a sequence of groups as GROUP/FEATURE."""
+@dataclasses.dataclass(frozen=True)
+class _Feature:
+    """A feature without the sequences around it, and how many there are."""
+
+    of_one: Any
+    depth: int
+
+
+def _flat(features: Mapping[str, Any], prefix: str = "", depth: int = 0) -> dict[str, _Feature]:
+    """Returns the features by name, those in a group or a sequence of groups as GROUP/FEATURE; no set within the set.
+
+    Args:
+      features: a group of features.
+      prefix: of their names.
+      depth: how many sequences they are in.
+    """
+    import tensorflow_datasets as tfds
+
     found = {}
     for name, feature in features.items():
-        inner = getattr(feature, "feature", feature)  # of a sequence
-        if hasattr(inner, "items"):
-            found |= _flat(inner, f"{prefix}{name}/")
-        else:
-            found[prefix + name] = inner
+        own = depth
+        while isinstance(feature, tfds.features.Sequence) and not isinstance(feature, tfds.features.Dataset):
+            own, feature = own + 1, feature.feature
+        if isinstance(feature, tfds.features.FeaturesDict):
+            found |= _flat(feature, f"{prefix}{name}/", own)
+        elif not isinstance(feature, tfds.features.Dataset):
+            found[prefix + name] = _Feature(feature, own)
     return found
+
+
+def _check(feature: _Feature, field: str, *, where: str) -> None:
+    """Raises UserError if a feature cannot fill a field."""
+    import tensorflow_datasets as tfds
+
+    if feature.depth > 2:
+        raise UserError(f"{where} is a sequence of sequences of sequences; write the set with one less")
+    is_encoded = isinstance(feature.of_one, tfds.features.Image | tfds.features.Text)
+    if field in ("image", "images") and not is_encoded:
+        what = type(feature.of_one).__name__
+        raise UserError(f"{where} is a {what}, and images are read as encoded files; write the set with Image features")
+
+
+def _values(stored: Mapping[str, Any], name: str, feature: _Feature) -> list:
+    """Returns the bytes of a feature, and a list of them for each sequence in a sequence."""
+    if feature.depth < 2:
+        return _words(stored[name], feature.of_one)
+    words = _words(stored[f"{name}/ragged_flat_values"], feature.of_one)
+    lengths = stored[f"{name}/ragged_row_lengths_0"].int64_list.value
+    ends = itertools.accumulate(lengths)
+    return [words[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+
+
+def _words(value: Any, feature: Any) -> list[bytes]:
+    """Returns what is stored as bytes as it is, a label as its name, and other numbers as they are written."""
+    kind = value.WhichOneof("kind")
+    if kind == "int64_list":
+        as_text = getattr(feature, "int2str", str) if feature.np_dtype != np.bool_ else lambda number: str(bool(number))
+        return [as_text(number).encode() for number in value.int64_list.value]
+    if kind == "float_list":
+        return [str(number).encode() for number in np.array(value.float_list.value, np.float32)]
+    return list(value.bytes_list.value)
 
 
 def _text(value: bytes) -> str:
@@ -206,12 +252,23 @@ def _text(value: bytes) -> str:
         raise BadRow("not-utf8", "a text is not UTF-8; write it again") from None
 
 
-def _images(table: Mapping[str, str], values: Mapping[str, Sequence[bytes]]) -> list[dict[str, Any]]:
-    return [{"bytes": value, "path": None} for value in values.get(table["images"], ())]
+def _first(value: bytes | Sequence[bytes]) -> bytes:
+    """Returns the text that stands for several."""
+    if isinstance(value, bytes):
+        return value
+    if not value:
+        raise BadRow("null-text", "one of its questions has no answer; drop the row")
+    return value[0]
 
 
-def _turns(table: Mapping[str, str], values: Mapping[str, Sequence[bytes]]) -> list[tuple[str, str]]:
-    asked, answered = (values.get(table[field], ()) for field in ("user", "assistant"))
+def _images(table: Mapping[str, str], values: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    found = values[table["images"]]
+    every = itertools.chain.from_iterable([it] if isinstance(it, bytes) else it for it in found)
+    return [{"bytes": value, "path": None} for value in every]
+
+
+def _turns(table: Mapping[str, str], values: Mapping[str, Sequence[Any]]) -> list[tuple[str, str]]:
+    asked, answered = ([_first(value) for value in values[table[field]]] for field in ("user", "assistant"))
     if len(asked) == 1:
         answered = answered[:1]
     if len(asked) != len(answered):
@@ -219,23 +276,23 @@ def _turns(table: Mapping[str, str], values: Mapping[str, Sequence[bytes]]) -> l
     return [(_text(question), _text(answer)) for question, answer in zip(asked, answered, strict=True)]
 
 
-def _pair(table: Mapping[str, str], values: Mapping[str, Sequence[bytes]]) -> dict[str, Any]:
-    row = {field: next(iter(values.get(feature, ())), None) for field, feature in table.items()}
+def _pair(table: Mapping[str, str], values: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    row = {field: _first(values[feature][0]) if values[feature] else None for field, feature in table.items()}
     return {field: value if field == "image" or value is None else _text(value) for field, value in row.items()}
 
 
-def _conversation(table: Mapping[str, str], values: Mapping[str, Sequence[bytes]]) -> dict[str, Any]:
+def _conversation(table: Mapping[str, str], values: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
     turns = [{"user": user, "assistant": answer, "source": None} for user, answer in _turns(table, values)]
     return {"images": _images(table, values), "texts": turns}
 
 
-def _messages(table: Mapping[str, str], values: Mapping[str, Sequence[bytes]]) -> dict[str, Any]:
+def _messages(table: Mapping[str, str], values: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
     spoken = [text for turn in _turns(table, values) for text in turn]
     return {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(spoken)]}
 
 
-def _pages(table: Mapping[str, str], values: Mapping[str, Sequence[bytes]]) -> dict[str, Any]:
-    return {"images": _images(table, values), "texts": [_text(text) for text in values.get(table["texts"], ())]}
+def _pages(table: Mapping[str, str], values: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    return {"images": _images(table, values), "texts": [_text(_first(text)) for text in values[table["texts"]]]}
 
 
 _ROWS = {"pairs": _pair, "cauldron": _conversation, "text": _messages, "pdf": _pages}

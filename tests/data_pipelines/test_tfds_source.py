@@ -6,8 +6,11 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from array_record.python import array_record_module
+from tensorflow_datasets.proto import tf_example_pb2
 
 from data_pipelines import prepare, tfds_source
 from data_pipelines.pipeline import Stage, batches
@@ -37,6 +40,10 @@ class Zoo(tfds.core.GeneratorBasedBuilder):
             "captions": tfds.features.Sequence(TEXT),
             "turns": tfds.features.Sequence({"asked": TEXT, "answered": TEXT}),
             "meta": {"note": TEXT},
+            "numbers": tfds.features.Sequence({"asked": TEXT, "answered": np.float32}),
+            "is_right": np.bool_,
+            "pixels": tfds.features.Tensor(shape=(2, 2, 3), dtype=np.uint8),
+            "steps": tfds.features.Dataset({"said": TEXT}),
         }
         info = tfds.features.FeaturesDict(features)
         return tfds.core.DatasetInfo(builder=self, features=info, disable_shuffling=True)
@@ -56,6 +63,10 @@ class Zoo(tfds.core.GeneratorBasedBuilder):
                     "captions": [f"é {i}", "second"],
                     "turns": [{"asked": f"q{turn}", "answered": f"a{turn}"} for turn in range(i % 3)],
                     "meta": {"note": f"n{i}"},
+                    "numbers": [{"asked": "pi?", "answered": 3.1}, {"asked": "4?", "answered": 4.0}],
+                    "is_right": i % 2 == 0,
+                    "pixels": np.zeros((2, 2, 3), np.uint8),
+                    "steps": [{"said": "a"}],
                 },
             )
 
@@ -115,6 +126,66 @@ def test_one_question_takes_the_first_of_its_answers(zoo):
     assert row["texts"] == [{"user": "n1", "assistant": "é 1", "source": None}]
 
 
+RAGGED = tfds.features.FeaturesDict(
+    {
+        "qa": tfds.features.Sequence({"question": TEXT, "answers": tfds.features.Sequence(TEXT)}),
+        "views": tfds.features.Sequence(tfds.features.Sequence(tfds.features.Image(), length=2)),
+        "deep": tfds.features.Sequence(tfds.features.Sequence(tfds.features.Sequence(TEXT))),
+    }
+)
+VIEWS = [png(9, 9), png(14, 9), png(19, 9), png(24, 9)]
+
+
+@pytest.fixture
+def ragged(zoo, tmp_path) -> Path:
+    """A set with sequences of sequences, which TFDS writes with TensorFlow alone: written here as its format says."""
+    folder = tmp_path / "1.0.0"
+    shutil.copytree(zoo, folder)
+    RAGGED.save_config(folder)
+    writer = array_record_module.ArrayRecordWriter(str(folder / TEST), "group_size:1")
+    for answers in (["00", "10", "11", "20"], ["00"], ["00"]):
+        example = tf_example_pb2.Example()
+        stored = example.features.feature
+        asked = [b"q0", b"q1", b"q2"] if len(answers) > 1 else [b"q0", b"unanswered"]
+        stored["qa/question"].bytes_list.value.extend(asked)
+        stored["qa/answers/ragged_flat_values"].bytes_list.value.extend(answer.encode() for answer in answers)
+        stored["qa/answers/ragged_row_lengths_0"].int64_list.value.extend([1, 2, 1] if len(answers) > 1 else [1, 0])
+        stored["views/ragged_flat_values"].bytes_list.value.extend(VIEWS)
+        stored["views/ragged_row_lengths_0"].int64_list.value.extend([2, 2])
+        stored["deep/ragged_flat_values"].bytes_list.value.extend([b"a"])
+        for level in range(2):
+            stored[f"deep/ragged_row_lengths_{level}"].int64_list.value.extend([1])
+        writer.write(example.SerializeToString())
+    writer.close()
+    return folder
+
+
+def test_of_a_sequence_of_answers_to_each_of_several_questions_the_first_is_taken(ragged):
+    found = rows(ragged, "cauldron", images="views", user="qa/question", assistant="qa/answers")
+    row = found.row(0, 0)
+    assert [(turn["user"], turn["assistant"]) for turn in row["texts"]] == [("q0", "00"), ("q1", "10"), ("q2", "20")]
+    assert [image["bytes"] for image in row["images"]] == VIEWS
+    with pytest.raises(BadRow, match="one of its questions has no answer"):
+        found.row(0, 1)
+    with pytest.raises(UserError, match="'deep' is a sequence of sequences of sequences"):
+        rows(ragged, "pdf", images="views", texts="deep")
+
+
+def test_tfds_itself_reads_sequences_of_sequences_alike(ragged):
+    as_bytes = tfds.decode.DeserializeMethod.RAW_BYTES
+    stored = tfds.builder_from_directory(ragged).as_data_source("test", deserialize_method=as_bytes)[0]
+    found = RAGGED._example_parser_np.parse_example(stored)
+    assert [list(answers) for answers in found["qa"]["answers"]] == [[b"00"], [b"10", b"11"], [b"20"]]
+    # Sequences of a fixed length it splits once more than they are, so that `views` has nothing to be compared with.
+
+
+def test_numbers_are_texts(zoo):
+    row = rows(zoo, "text", user="numbers/asked", assistant="numbers/answered").row(0, 0)
+    assert [message["content"] for message in row["messages"]] == ["pi?", "3.1", "4?", "4.0"]
+    found = rows(zoo, "pairs", image="photo", caption="is_right")
+    assert [found.row(0, i)["caption"] for i in range(3)] == ["True", "False", "True"]
+
+
 def test_bytes_come_back_to_the_last_nul(zoo):
     row = rows(zoo, "pdf", images="raw", texts="captions").row(0, 0)
     assert [image["bytes"] for image in row["images"]] == [ENDS_IN_NULS, b"\xff"]
@@ -142,7 +213,7 @@ def test_a_damaged_record_is_counted_and_the_others_stay(zoo, tmp_path):
     folder = tmp_path / "1.0.0"
     shutil.copytree(zoo, folder)
     data = bytearray((folder / TEST).read_bytes())
-    data[data.index(b"n1") - 3] ^= 255
+    data[data.index("é 1".encode())] ^= 255
     (folder / TEST).write_bytes(data)
     found = tfds_source.TfdsRows([str(folder / TEST)], "pairs", {"image": "photo", "caption": "animal"})
     with pytest.raises(BadRow) as refused:
@@ -176,6 +247,11 @@ def test_preparation_counts_bad_examples(zoo):
         ({"kind": "obelics"}, "read as kind pairs, cauldron, text, pdf, not 'obelics'"),
         ({"features": (("picture", "photo"),), "kind": "pdf"}, "features names 'picture'"),
         ({"features": (("image", "picture"),)}, "no feature 'picture' for image; say in features which of animal"),
+        (
+            {"features": (("image", "pixels"), ("caption", "animal"))},
+            "'pixels' is a Tensor, and images are read as enc",
+        ),
+        ({"features": (("image", "photo"), ("caption", "steps/said"))}, "no feature 'steps/said' for caption"),
         ({"paths": ("{zoo}/zoo-valid.array_record-00000-of-00001",)}, "matches no file"),
         ({"paths": ("{zoo}/other-valid.array_record-00000-of-00001",)}, "no TFDS set .* with a split 'valid'"),
         ({"paths": ("{zoo}/other-test.array_record-00001-of-00002",)}, "not of the set beside it"),
