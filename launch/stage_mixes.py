@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from configs.idefics2_8b import instruct, stage1, stage2
+from configs.idefics2_8b import chat, instruct, stage1, stage2
 from data_pipelines import cutting, obelics, pages
 from data_pipelines.packing import Sizes, misfit
 from data_pipelines.rejection import Rejected
@@ -25,12 +25,15 @@ from launch.mixes import MIXES, Grids, grids_of
 # A document: its tokens, and the grid of patches of each of its images.
 Measured = tuple[int, Grids]
 
-CONFIGS = {"stage1": stage1, "stage2": stage2, "instruct": instruct}
+CONFIGS = {"stage1": stage1, "stage2": stage2, "instruct": instruct, "chat": chat}
 WORD = "the "  # a token: as many characters as one of English has on average
 PARAGRAPH = 60  # tokens
 # Of Table 14: answer tokens of the sets with images over their questions, as often as they are seen; tokens a text
 # conversation. A question is taken to be as long as a short one, and User:, Assistant: and the ends of utterances.
 ANSWER, QUESTION, TURNS, MOST_TURNS, TEXT_ALONE = 8, 29, 2.6, 7, 108
+# Of the chatty sets: a caption of ShareGPT4V has 942 characters on average (its paper), 4.4 a token; LLaVA's 58,000
+# conversations are taken to have four turns, of answers of 40 tokens (ours).
+CAPTION, DIALOGUE_TURNS, DIALOGUE_ANSWER = 214, 4, 40
 
 
 def stage(name: str) -> tuple[Iterator[Measured], BatchShape, int, int]:
@@ -52,10 +55,10 @@ def _documents(config: Any, sources: Any, shape: BatchShape) -> Iterator[Measure
     rng = np.random.default_rng(0)
     rules = ImageRules(patch_size=14, max_pixels=64_000_000, **config.image_rules)
     weights = np.array([source.weight for source in sources.values()], float)
-    sources = list(sources.values())
+    sources = list(sources.items())
     while True:
-        source = sources[rng.choice(len(sources), p=weights / weights.sum())]
-        text, images = DRAW[source.kind](rng)
+        name, source = sources[rng.choice(len(sources), p=weights / weights.sum())]
+        text, images = DRAW.get(name, DRAW[source.kind])(rng)
         split = dataclasses.replace(rules, split=rng.random() < (source.augmentation.get("split_share") or 0.0))
         grids = [_grids(rng, size, split, source.augmentation) for size in images]
         most = source.get("document_tokens") or shape.tokens
@@ -134,17 +137,30 @@ def _conversation(rng: np.random.Generator) -> tuple[int, list[tuple[int, int]]]
     return int(turns * (QUESTION + 1 + rng.poisson(ANSWER))), sizes
 
 
-def _chat(rng: np.random.Generator) -> tuple[int, list[tuple[int, int]]]:
+def _dialogue(rng: np.random.Generator) -> tuple[int, list[tuple[int, int]]]:
+    turns = min(rng.geometric(1 / DIALOGUE_TURNS), MOST_TURNS)
+    _, sizes = MIXES["pairs"].draw(rng)
+    return int(turns * QUESTION + rng.lognormal(np.log(DIALOGUE_ANSWER), 0.4, turns).sum()), sizes
+
+
+def _caption(rng: np.random.Generator) -> tuple[int, list[tuple[int, int]]]:
+    _, sizes = MIXES["pairs"].draw(rng)
+    return QUESTION + round(rng.normal(CAPTION, CAPTION / 4)), sizes
+
+
+def _text_alone(rng: np.random.Generator) -> tuple[int, list[tuple[int, int]]]:
     return QUESTION + round(rng.lognormal(np.log(TEXT_ALONE) - 0.5, 1.0)), []
 
 
-# By the kind of a source: how its documents are drawn, and how they are cut.
+# By the name of a source, or its kind: how its documents are drawn, and by its kind how they are cut.
 DRAW: dict[str, Callable] = {
+    "llava_conv": _dialogue,
+    "sharegpt4v": _caption,
     "obelics": MIXES["web"].draw,
     "pairs": MIXES["pairs"].draw,
     "pdf": MIXES["documents"].draw,
     "cauldron": _conversation,
-    "text": _chat,
+    "text": _text_alone,
 }
 CUT: dict[str, Callable] = {
     "obelics": functools.partial(_pieces, obelics, _page),
