@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from data_pipelines import downloads, jsonl, manifest, readers, records, tar, training_form
 from data_pipelines.cache import Cache
 from data_pipelines.rejection import BadRow, Rejected
+from data_pipelines.row_groups import RowGroups
 from data_pipelines.sources import KINDS, DocumentSource, SourceConfig
 from idefics_jax import decoding, image_gate
 from idefics_jax.errors import UserError
@@ -335,6 +336,7 @@ def _train_on(config: SourceConfig) -> bool:
         prepare=lambda document: document,
         prepared_size=lambda document: 1,
         cache=Cache(0),
+        row_groups=RowGroups(max_bytes=0),
         seed=0,
         shards=1,
         shards_here=1,

@@ -65,6 +65,7 @@ def config(folder: Path, workers: int) -> pipeline.DataConfig:
         max_bad_fraction=0.0,
         num_threads=workers if workers > 1 else 0,  # one core decodes where it waits
         prefetch=PREFETCH,
+        row_groups_mib=1,
         cache_mib=0,
     )
 

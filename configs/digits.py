@@ -161,6 +161,7 @@ def data() -> ConfigDict:
             "max_bad_fraction": 0.01,
             "num_threads": 0,  # two cores: the arithmetic has its own threads
             "prefetch": 4,
+            "row_groups_mib": 64,
             "cache_mib": 256,
         }
     )

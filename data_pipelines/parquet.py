@@ -1,7 +1,7 @@
 """Parquet files as one long list of rows, reached at random without loading them all.
 
-Only footers are read at the start. A row is reached through its row group, and the last few row groups stay in
-memory, so memory grows with the size of a row group and not with the corpus. Page checksums are verified where a
+Only footers are read at the start. A row is reached through its row group, and those used last stay in memory
+(row_groups.py), so memory does not grow with the corpus. Page checksums are verified where a
 file carries them.
 """
 
@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipelines.rejection import DAMAGED_FILE, BadRow
+from data_pipelines.row_groups import RowGroups
 from idefics_jax.errors import UserError
 
 # What reading a damaged file may raise: of Arrow's errors, ArrowMemoryError too, as a wrong size asks for any memory.
@@ -58,14 +59,14 @@ class ParquetRows:
       lost: share of the files that have none; how many rows they had is not known.
     """
 
-    def __init__(self, footers: Sequence[Footer], columns: Sequence[str], *, cached_groups: int):
+    def __init__(self, footers: Sequence[Footer], columns: Sequence[str], *, kept: RowGroups):
         """Reads nothing yet.
 
         Args:
           footers: of the files.
           columns: the columns to read; the files may have others, which are left alone. Where a file lacks one, its
             values are null.
-          cached_groups: row groups kept in memory.
+          kept: memory for row groups.
         """
         self._columns = list(columns)
         self._folder = os.path.commonpath([os.path.dirname(os.path.abspath(footer.path)) for footer in footers])
@@ -78,9 +79,8 @@ class ParquetRows:
         self._faults = {footer.path: footer.fault for footer in footers if footer.fault}
         self.files, self.faults = len(footers), tuple(self._faults.values())
         self.lost = len(self.faults) / self.files
-        self._cached_groups = cached_groups
-        self._cache: collections.OrderedDict[int, pa.Table] = collections.OrderedDict()
-        self._lock = threading.Lock()
+        self._kept = kept
+        self._lock = threading.Lock()  # so that no two threads load the same
 
     def name(self, group: int, row: int) -> str:
         """Returns "file:row": the file from the folder that holds all of them, the row from the file's start."""
@@ -102,19 +102,17 @@ class ParquetRows:
         return {name: table.column(name)[row].as_py() if name in there else None for name in self._columns}
 
     def _load(self, group: int) -> pa.Table:
-        with self._lock:
-            if group in self._cache:
-                self._cache.move_to_end(group)
-                return self._cache[group]
-            path, index = self._groups[group]
+        path, index = self._groups[group]
+
+        def load() -> pa.Table:
             with open_file(path) as file:
                 table = file.read_row_group(index, columns=self._columns)
             if table.num_rows != self.group_rows[group]:
                 raise UserError(f"{path} has changed since it was opened; start again, and write new data to new files")
-            self._cache[group] = table
-            if len(self._cache) > self._cached_groups:
-                self._cache.popitem(last=False)
             return table
+
+        with self._lock:
+            return self._kept.get((path, index, *self._columns), load)
 
 
 def expand(patterns: Sequence[str], *, where: str) -> list[str]:

@@ -31,6 +31,7 @@ from data_pipelines.cache import Cache
 from data_pipelines.mixture import Mixture
 from data_pipelines.packed_rows import Packing, PackIterDataset, encode, encoded_size
 from data_pipelines.rejection import DAMAGED_FILE
+from data_pipelines.row_groups import RowGroups
 from data_pipelines.sources import DocumentSource, SourceConfig, find_files
 from idefics_jax.batch import BatchShape
 from idefics_jax.errors import UserError
@@ -79,6 +80,7 @@ class DataConfig:
       max_bad_fraction: share of documents that may be rejected before the run stops, in [0, 1).
       num_threads: threads that read, and as many that decode; 0 for none.
       prefetch: batches made ahead in a thread of its own, the one under way included; at least 1.
+      row_groups_mib: memory for row groups of parquet files, of all sources together, in MiB.
       cache_mib: memory for documents kept encoded and decoded, in MiB; for data small enough to be read many times.
     """
 
@@ -93,6 +95,7 @@ class DataConfig:
     max_bad_fraction: float
     num_threads: int
     prefetch: int
+    row_groups_mib: int
     cache_mib: int
     after: str | None = None
 
@@ -106,6 +109,7 @@ class DataConfig:
             ("rounds", 0),
             ("num_threads", 0),
             ("prefetch", 1),
+            ("row_groups_mib", 1),
             ("cache_mib", 0),
         ):
             if getattr(self, name) < least:
@@ -219,6 +223,7 @@ def _check(config: DataConfig, processor: Processor, process_count: int) -> None
 
 def _open(config: DataConfig, processor: Processor, cache: Cache, *, shards_here: int) -> dict[str, DocumentSource]:
     """Opens every source once, whatever the stages and shards that read it."""
+    row_groups = RowGroups(config.row_groups_mib * 2**20)
 
     def shape(source: SourceConfig) -> BatchShape:
         most = min(config.document_tokens, source.document_tokens or config.document_tokens)
@@ -230,6 +235,7 @@ def _open(config: DataConfig, processor: Processor, cache: Cache, *, shards_here
             prepare=functools.partial(encode, processor=processor, shape=shape(source)),
             prepared_size=encoded_size,
             cache=cache,
+            row_groups=row_groups,
             seed=zlib.crc32(source.name.encode(), config.seed),
             shards=config.virtual_shards,
             shards_here=shards_here,
@@ -307,7 +313,7 @@ def _about(config: DataConfig, opened: Mapping[str, DocumentSource], processor: 
     """Returns everything the batches depend on, as plain JSON; threads, read-ahead and cache are not among it."""
     settings = dataclasses.asdict(config)
     after, earlier = position.identity(config.after) if config.after else (None, {})
-    for free in ("num_threads", "prefetch", "cache_mib", "stages"):
+    for free in ("num_threads", "prefetch", "row_groups_mib", "cache_mib", "stages"):
         del settings[free]
     return {
         "data": settings

@@ -33,6 +33,7 @@ from data_pipelines.filters import Filters
 from data_pipelines.image_files import check_root
 from data_pipelines.order import EpochOrder
 from data_pipelines.rejection import MOST_BARREN, BadRow, Rejected
+from data_pipelines.row_groups import RowGroups
 from idefics_jax.documents import Document
 from idefics_jax.errors import UserError
 
@@ -65,7 +66,7 @@ class SourceConfig:
       weight: its share of the documents, relative to the other sources' weights.
       image_root: folder or index of the images that rows name instead of holding (image_files.py); None if there are
         none.
-      window: row groups whose rows are shuffled together; of parquet, twice as many may be in memory for each shard.
+      window: row groups whose rows are shuffled together.
       augmentation: what chance changes about its documents.
       filters: what is taken out of it. An image that is taken out of a page is counted as a rejected document is.
       captions: (column, share of the documents) of each text that chance takes for a pair's caption; none for the
@@ -129,6 +130,7 @@ class DocumentSource:
         prepare: Callable[[Document], Any],
         prepared_size: Callable[[Any], int],
         cache: Cache,
+        row_groups: RowGroups,
         seed: int,
         shards: int,
         shards_here: int,
@@ -140,6 +142,7 @@ class DocumentSource:
           prepare: applied to each document; it may return Rejected. Rejected rows pass it by.
           prepared_size: bytes that what it returned takes in the cache.
           cache: keeps elements between epochs.
+          row_groups: memory for those of parquet files.
           seed: of the order.
           shards: how many share an epoch.
           shards_here: how many of them this process reads.
@@ -153,7 +156,7 @@ class DocumentSource:
         self._prepared_size = prepared_size
         self._cache = cache
         self._seed = seed
-        self._rows = _open_rows(config, readers=shards_here)
+        self._rows = _open_rows(config, row_groups)
         count = int(self._rows.group_rows.sum())
         if count < shards:
             raise UserError(
@@ -318,7 +321,7 @@ def read_documents(config: SourceConfig) -> Iterator[Document]:
     Raises:
       UserError: the files are missing or have other columns, or a row holds no document.
     """
-    rows = _open_rows(config, readers=1)
+    rows = _open_rows(config, RowGroups(max_bytes=0))
     for group, count in enumerate(rows.group_rows):
         for row in range(count):
             document = _values(config, rows, group, row)
@@ -337,7 +340,7 @@ def find_files(config: SourceConfig) -> list[str]:
     return parquet.expand(config.paths, where=f"{where}: paths")
 
 
-def _open_rows(config: SourceConfig, *, readers: int) -> Rows:
+def _open_rows(config: SourceConfig, row_groups: RowGroups) -> Rows:
     where, paths = f"source {config.name!r}", find_files(config)
     forms = {_form(path) for path in paths}
     if len(forms) > 1:
@@ -346,8 +349,7 @@ def _open_rows(config: SourceConfig, *, readers: int) -> Rows:
     (form,) = forms
     if config.features and form != "TFDS shards":
         raise UserError(f"{where}: features are for TFDS sets, and its paths name {form}; take them out")
-    # Each reader is in a window of its own.
-    rows = _OPEN[form](dataclasses.replace(config, window=config.window * readers), paths)
+    rows = _OPEN[form](config, paths, row_groups)
     if not rows.group_rows.sum():
         raise UserError(f"{where}: {', '.join(config.paths)} hold no rows; name files that do")
     return rows
@@ -360,13 +362,13 @@ def _form(path: str) -> str:
     return "prepared shards" if path.endswith(manifest.SUFFIX) or os.path.isdir(path) else "other files"
 
 
-def _open_tfds(config: SourceConfig, paths: list[str]) -> tfds_source.TfdsRows:
+def _open_tfds(config: SourceConfig, paths: list[str], _: RowGroups) -> tfds_source.TfdsRows:
     rows = tfds_source.TfdsRows(paths, config.kind, dict(config.features))
     _further_columns(config, dict.fromkeys(rows.fields, pa.string()), paths[0])
     return rows
 
 
-def _open_parquet(config: SourceConfig, paths: list[str]) -> parquet.ParquetRows:
+def _open_parquet(config: SourceConfig, paths: list[str], row_groups: RowGroups) -> parquet.ParquetRows:
     for path in paths:
         if path.endswith(SEQUENTIAL):
             raise UserError(
@@ -384,10 +386,10 @@ def _open_parquet(config: SourceConfig, paths: list[str]) -> parquet.ParquetRows
         columns.append(list(dict.fromkeys(needed + _further_columns(config, there, footer.path))))
     if len({tuple(name for name in names if name != pairs.STATUS.name) for names in columns}) > 1:
         raise UserError(f"source {config.name!r} mixes files with different columns; make a source of each")
-    return parquet.ParquetRows(footers, max(columns, key=len), cached_groups=2 * config.window)
+    return parquet.ParquetRows(footers, max(columns, key=len), kept=row_groups)
 
 
-def _open_shards(config: SourceConfig, paths: list[str]) -> records.RecordRows:
+def _open_shards(config: SourceConfig, paths: list[str], _: RowGroups) -> records.RecordRows:
     manifests = manifest.load_all(paths)
     for found in manifests:
         if found.kind != config.kind:

@@ -29,7 +29,7 @@ def sources() -> dict[str, dict]:
     return {
         name: {
             "kind": "cauldron",
-            "paths": (f"{stage1.DATA}/{name}/*.parquet",),
+            "paths": (f"{stage1.DATA}/{name}",),
             "weight": float(count),
             "image_root": None,
             "augmentation": instruct.augmentation(shuffle_turns=False),  # ours: a dialogue goes on from turn to turn

@@ -110,7 +110,7 @@ def sources() -> dict[str, dict]:
     return {
         name: {
             "kind": kind,
-            "paths": (f"{stage1.DATA}/{folder}/{name}/*.parquet",),
+            "paths": (f"{stage1.DATA}/{folder}/{name}",),
             "weight": conversations * times,
             "image_root": None,
             # Ours: a text dialogue goes on from turn to turn; the code shuffles those too.

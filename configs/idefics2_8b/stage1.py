@@ -204,27 +204,31 @@ def data() -> ConfigDict:
             "max_bad_fraction": 0.05,
             "num_threads": 16,
             "prefetch": 1,  # a process's rows of a batch are hundreds of MiB: one in use and one being made
+            "row_groups_mib": 512,  # of parquet; what is prepared needs none
             "cache_mib": 0,
         }
     )
 
 
 def sources(shares: dict[str, float], *, augmentation: dict) -> dict[str, dict]:
-    """Sources of pretraining, with the weights that give them their shares of the packed sequences."""
+    """Sources of pretraining, with the weights that give them their shares of the packed sequences.
+
+    Paths lead to what data_pipelines.prepare writes; published parquet can be named as well, with its `image_root`.
+    """
     # How PMD and LAION-COCO (its synthetic captions), and the three sets of scanned text, shared their kinds is not
     # told: here by their sizes. The caption is the column of that name: for LAION-COCO the synthetic one (paper), which
     # is what to give img2dataset as its caption_col; PMD has its own.
     files = {
-        "obelics": ("obelics/*.parquet",),
-        "pairs": ("laion_coco/*.parquet", "pmd/*.parquet"),
-        "pdf": ("ocr_idl/*.parquet", "pdfa/*.parquet", "rendered_text/*.parquet"),
+        "obelics": ("obelics",),
+        "pairs": ("laion_coco", "pmd"),
+        "pdf": ("ocr_idl", "pdfa", "rendered_text"),
     }
     return {
         name: {
             "kind": name,
             "paths": tuple(f"{DATA}/{path}" for path in files[name]),
             "weight": share * DOCUMENTS_A_SEQUENCE[name],
-            "image_root": f"{DATA}/obelics_images" if name == "obelics" else None,
+            "image_root": None,  # prepared shards hold their images
             "augmentation": augmentation,
             "filters": filters(name),
             "document_tokens": SEQUENCE[name],

@@ -29,6 +29,7 @@ FREE_ON_RESUME = (
     "sharding",
     "data.num_threads",
     "data.prefetch",
+    "data.row_groups_mib",
     "data.cache_mib",
 )
 # May differ too when a run goes on that has stopped by itself.

@@ -53,6 +53,7 @@ def config(digits_folder) -> DataConfig:
         max_bad_fraction=0.0,
         num_threads=0,
         prefetch=1,
+        row_groups_mib=16,
         cache_mib=0,
     )
 

@@ -22,6 +22,7 @@ from data_pipelines.filters import Filters
 from data_pipelines.packed_rows import Candidate, encode, encoded_size
 from data_pipelines.pipeline import Stage, batches
 from data_pipelines.preparation import Preparation
+from data_pipelines.row_groups import RowGroups
 from data_pipelines.sources import KINDS, DocumentSource, SourceConfig
 from data_pipelines.training_form import COLUMNS
 from data_pipelines.units import Recipe, prepare_unit
@@ -355,7 +356,14 @@ def elements(source: SourceConfig, processor) -> list[tuple]:
     """Returns what each row of a source becomes, in an order of its own."""
     prepare = functools.partial(encode, processor=processor, shape=SHAPE)
     opened = DocumentSource(
-        source, prepare=prepare, prepared_size=encoded_size, cache=Cache(0), seed=0, shards=1, shards_here=1
+        source,
+        prepare=prepare,
+        prepared_size=encoded_size,
+        cache=Cache(0),
+        row_groups=RowGroups(0),
+        seed=0,
+        shards=1,
+        shards_here=1,
     )
     return [opened.read(0, i) for i in range(int(opened.group_rows.sum()))]
 
@@ -396,6 +404,7 @@ def test_bombs_are_not_decoded_on_the_way(processor, tmp_path):
 import resource, sys
 from pathlib import Path
 from data_pipelines.pipeline import DataConfig, Stage, batches
+from data_pipelines.row_groups import RowGroups
 from data_pipelines.sources import SourceConfig
 from idefics_jax.batch import BatchShape
 from idefics_jax.processor import Processor
@@ -406,7 +415,8 @@ def read(name, count):
     config = DataConfig(
         stages=(Stage((source,)),), seed=0, shape=BatchShape(rows=1, tokens=64, vision_rows=1, patches=64, images=8),
         document_tokens=64, virtual_shards=1, lookahead=2, lookahead_mib=64, rounds=0,
-        max_bad_fraction=0.9, num_threads=2, prefetch=1, cache_mib=0,
+        max_bad_fraction=0.9, num_threads=2, prefetch=1, row_groups_mib=16,
+        cache_mib=0,
     )
     iterator = batches(config, processor, process_index=0, process_count=1)
     for _ in range(count):

@@ -3,6 +3,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipelines import parquet
+from data_pipelines.row_groups import RowGroups
 from idefics_jax.errors import UserError
 
 
@@ -13,7 +14,7 @@ def rows(tmp_path) -> parquet.ParquetRows:
     pq.write_table(pa.table({"n": range(25), "x": ["?"] * 25}), tmp_path / "a" / "same.parquet", row_group_size=10)
     pq.write_table(pa.table({"n": range(25, 30), "x": ["?"] * 5}), tmp_path / "b" / "same.parquet")
     footers = parquet.read_footers(parquet.expand([str(tmp_path / "*" / "*.parquet")], where="here"))
-    return parquet.ParquetRows(footers, ["n"], cached_groups=2)
+    return parquet.ParquetRows(footers, ["n"], kept=RowGroups(max_bytes=0))
 
 
 def test_any_row_is_reached_at_random(rows):
@@ -24,10 +25,14 @@ def test_any_row_is_reached_at_random(rows):
             assert rows.row(group, row) == {"n": starts[group] + row}
 
 
-def test_no_more_row_groups_are_kept_than_asked_for(rows):
-    for group in range(4):
-        rows.row(group, 0)
-    assert len(rows._cache) == 2
+def test_a_row_group_is_read_once_while_there_is_room_for_it(rows, monkeypatch):
+    opened = []
+    monkeypatch.setattr(
+        parquet, "open_file", lambda path, open_file=parquet.open_file: (opened.append(path), open_file(path))[1]
+    )
+    for group in (0, 0, 1, 1, 0):
+        rows.row(group, 3)
+    assert len(opened) == 3
 
 
 def test_names_tell_files_and_rows_apart(rows):

@@ -9,6 +9,7 @@ from data_pipelines import manifest, records
 from data_pipelines.cache import Cache
 from data_pipelines.records import RecordRows, decode, encode, write_shards
 from data_pipelines.rejection import BadRow, Rejected
+from data_pipelines.row_groups import RowGroups
 from data_pipelines.sources import DocumentSource, SourceConfig, read_documents
 from idefics_jax.errors import UserError
 
@@ -41,6 +42,7 @@ def open_source(*paths, **changes) -> DocumentSource:
         prepare=lambda document: document,
         prepared_size=lambda document: 1,
         cache=Cache(0),
+        row_groups=RowGroups(max_bytes=0),
         seed=0,
         shards=1,
         shards_here=1,

@@ -7,6 +7,7 @@ import pytest
 from data_pipelines import cauldron, obelics, pairs
 from data_pipelines.cache import Cache
 from data_pipelines.rejection import Rejected
+from data_pipelines.row_groups import RowGroups
 from data_pipelines.sources import DocumentSource, SourceConfig, read_documents
 from idefics_jax.errors import UserError
 
@@ -26,6 +27,7 @@ def open_source(config: SourceConfig) -> DocumentSource:
         prepare=lambda document: document,
         prepared_size=lambda document: 1,
         cache=Cache(0),
+        row_groups=RowGroups(max_bytes=0),
         seed=0,
         shards=1,
         shards_here=1,

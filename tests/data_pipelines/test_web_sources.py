@@ -14,6 +14,7 @@ from data_pipelines.filters import Filters
 from data_pipelines.pipeline import Stage, batches
 from data_pipelines.prepare import open_inputs
 from data_pipelines.rejection import Rejected
+from data_pipelines.row_groups import RowGroups
 from data_pipelines.sources import DocumentSource, SourceConfig, read_documents
 from data_pipelines.units import Recipe, prepare_unit
 from idefics_jax.documents import Image, Text
@@ -33,6 +34,7 @@ def elements(config: SourceConfig, count: int, seed=0) -> list[tuple]:
         prepare=lambda document: document,
         prepared_size=lambda document: 1,
         cache=Cache(2**20),
+        row_groups=RowGroups(max_bytes=0),
         seed=seed,
         shards=1,
         shards_here=1,

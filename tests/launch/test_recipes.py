@@ -18,7 +18,10 @@ from etils import epath
 
 import idefics_jax
 from configs.idefics2_8b import chat, instruct, stage1, stage2
-from data_pipelines import digits, messages, pages
+from data_pipelines import digits, messages, pages, prepare
+from data_pipelines.filters import Filters
+from data_pipelines.sources import KINDS
+from data_pipelines.units import Recipe
 from idefics_jax.convert.orbax import load_model
 from idefics_jax.errors import UserError
 from idefics_jax.param_transforms import paths, positions
@@ -47,7 +50,7 @@ def pretrained_parts(folder: Path) -> None:
 
 
 def data(folder: Path) -> None:
-    """Writes a file of each kind, called by it."""
+    """Writes a file of each kind, called by it, and prepares it."""
     digits.build(folder, seed=0, counts=COUNTS)
     for kind, name in (("obelics", "interleaved"), ("cauldron", "conversations")):
         shutil.copy(folder / f"{name}.parquet", folder / f"{kind}.parquet")
@@ -58,6 +61,11 @@ def data(folder: Path) -> None:
     pq.write_table(pa.Table.from_pylist(pairs, schema=table.schema), folder / "pairs.parquet")
     scans = [{"images": [{"bytes": row["png"], "path": None}], "texts": [row["caption"]]} for row in pairs]
     pq.write_table(pa.Table.from_pylist(scans, schema=pages.SCHEMA), folder / "pdf.parquet")
+    for kind in KINDS:
+        root = str(folder) if kind == "obelics" else None
+        of_kind = Recipe(kind, root, Filters(), captions=(), features={}, max_pixels=1_000_000, shard_mib=1)
+        opened = prepare.open_inputs(of_kind, [str(folder / f"{kind}.parquet")], folder / "shards" / kind)
+        prepare.prepare(opened, processes=1, max_bad_fraction=0.0, keep_cut_short=False)
 
 
 def enlarged(png: bytes) -> bytes:

@@ -24,8 +24,7 @@ def shrink(config: ConfigDict, folder: str) -> ConfigDict:
         config.init_parts[part] = f"{folder}/{part}"
     for stage in config.data.stages.values():
         for source in stage.sources.values():
-            source.paths = (f"{folder}/data/{source.kind}.parquet",)
-            source.image_root = f"{folder}/data" if source.image_root else None
+            source.paths = (f"{folder}/data/shards/{source.kind}",)
     config.steps, config.optimizer.warmup_steps = STEPS, 1
     config.data.shape.update({"rows": 2, "tokens": 256, "patches": side**2 * 4, "vision_rows": 2})
     config.data.document_tokens, config.loss_chunk, config.data.virtual_shards = 256, 32, 2
