@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from configs.idefics2_8b import chat, instruct, stage1, stage2
+from data_pipelines import filters, prepare
 from launch.job import ENVIRONMENT
 from launch.slices import SLICES
 from tests.launch.gcloud import unknown_flags
 
 FOLDER = Path(__file__).parents[2] / "launch"
 TEXT = (FOLDER / "README.md").read_text()
-LINES = [line for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S) for line in block.splitlines()]
+BLOCKS = re.findall(r"```bash\n(.*?)```", TEXT, re.S)
+LINES = [line.strip() for block in BLOCKS for line in re.sub(r"\\\n\s*", "", block).splitlines()]
 
 
 def variables():
@@ -60,6 +63,24 @@ def test_modules_and_configs_of_commands_are_there(line):
     assert importlib.util.find_spec(given[2]), given[2]
     for config in re.findall(r"configs/[\w/]+\.py", line):
         assert (FOLDER.parent / config).exists(), config
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if "data_pipelines.prepare " in line])
+def test_preparation_takes_every_option(line):
+    given = words(line)[3:]
+    asked = prepare._parser().parse_args(given)
+    for name in filters.parse(asked.filters).named:
+        assert name in given[given.index("--filters") + 1]
+
+
+@pytest.mark.parametrize("recipe", [stage1, stage2, instruct, chat])
+def test_the_recipes_look_for_what_is_prepared(recipe):
+    lines = [words(line)[3:] for line in LINES if "data_pipelines.prepare " in line]
+    prepared = {str(prepare._parser().parse_args(line).output) for line in lines}
+    for stage in recipe.get_config().data.stages.values():
+        for path in (Path(path) for source in stage.sources.values() for path in source.paths):
+            assert {str(path), str(path.parent / "1234")} & prepared, path  # `words` writes $set so
+            assert path.parent.name != "data" or path.name in TEXT
 
 
 def test_the_table_of_slices_is_the_code_s():
