@@ -22,9 +22,11 @@ import pyarrow.parquet as pq
 
 from data_pipelines import downloads, jsonl, manifest, readers, records, tar, training_form
 from data_pipelines.cache import Cache
+from data_pipelines.kinds import KINDS
 from data_pipelines.rejection import BadRow, Rejected
 from data_pipelines.row_groups import RowGroups
-from data_pipelines.sources import KINDS, DocumentSource, SourceConfig
+from data_pipelines.source_config import SourceConfig
+from data_pipelines.sources import DocumentSource
 from idefics_jax import decoding, image_gate
 from idefics_jax.errors import UserError
 from idefics_jax.images import ImageRules, RejectedImage, image_patches, image_size, patch_grids

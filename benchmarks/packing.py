@@ -28,7 +28,8 @@ from absl import flags
 from configs import digits as digits_config
 from data_pipelines import digits
 from data_pipelines.packing import Pool, Sizes, misfit, pack_row
-from data_pipelines.sources import SourceConfig, read_documents
+from data_pipelines.source_config import SourceConfig
+from data_pipelines.sources import read_documents
 from idefics_jax import commands
 from idefics_jax.batch import BatchShape
 from idefics_jax.processor import Processor

@@ -28,7 +28,7 @@ from cykooz_resizer import FilterType, ResizeAlg, ResizeOptions, Resizer
 
 from data_pipelines import manifest, pipeline
 from data_pipelines.records import RecordRows
-from data_pipelines.sources import SourceConfig
+from data_pipelines.source_config import SourceConfig
 from idefics_jax import images
 from idefics_jax.batch import BatchShape
 from idefics_jax.images import ImageRules

@@ -32,7 +32,9 @@ from data_pipelines.mixture import Mixture
 from data_pipelines.packed_rows import Packing, PackIterDataset, encode, encoded_size
 from data_pipelines.rejection import DAMAGED_FILE
 from data_pipelines.row_groups import RowGroups
-from data_pipelines.sources import DocumentSource, SourceConfig, find_files
+from data_pipelines.rows import find_files
+from data_pipelines.source_config import SourceConfig
+from data_pipelines.sources import DocumentSource
 from idefics_jax.batch import BatchShape
 from idefics_jax.errors import UserError
 from idefics_jax.processor import Processor

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines import filters, image_files, manifest, parquet, prepare_beam, prepare_pool, readers, tfds_source
+from data_pipelines.kinds import KINDS
 from data_pipelines.preparation import Preparation, check_bad_fraction, check_not_barren
 from data_pipelines.progress import Progress
 from data_pipelines.rejection import MOST_BARREN
-from data_pipelines.sources import KINDS
 from data_pipelines.units import Recipe, Report, finished, stamp_of
 from idefics_jax.errors import UserError
 

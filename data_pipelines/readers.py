@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from data_pipelines import jsonl, parquet, sources, tar, tfds_source
+from data_pipelines import jsonl, parquet, rows, tar, tfds_source
 from data_pipelines.filters import PERPLEXITY
 from data_pipelines.rejection import Rejected
 from idefics_jax.errors import UserError
@@ -32,7 +32,7 @@ def read_parquet(path: str, kind: str) -> Iterator[tuple[str, Row | Rejected]]:
 
     Args:
       path: a parquet file.
-      kind: a name in sources.KINDS, whose columns it has. A perplexity comes along, and every text of pairs.
+      kind: a name in kinds.KINDS, whose columns it has. A perplexity comes along, and every text of pairs.
 
     Raises:
       UserError: it has other columns.
@@ -68,7 +68,7 @@ def _values(batch: pa.RecordBatch, row: int, name: str) -> Row | Rejected:
 
 def parquet_columns(footer: parquet.Footer, kind: str) -> list[str]:
     """Returns the columns that preparation reads; raises UserError if the kind's own are not there."""
-    needed = sources.columns_of(footer, kind, where=footer.path)
+    needed = rows.columns_of(footer, kind, where=footer.path)
     texts = [field.name for field in footer.schema if parquet.reads_as(field.type, pa.string())]
     extras = [PERPLEXITY, *texts] if kind == "pairs" else [PERPLEXITY]
     return [*needed, *(name for name in extras if name in footer.schema.names and name not in needed)]

@@ -22,9 +22,9 @@ from typing import Any
 
 from data_pipelines import filters, image_index, manifest, pairs, readers, records, training_form
 from data_pipelines.filters import Filters
+from data_pipelines.kinds import KINDS
 from data_pipelines.manifest import Shard
 from data_pipelines.rejection import CUT_SHORT, BadRow, Rejected
-from data_pipelines.sources import KINDS
 from idefics_jax import image_gate
 from idefics_jax.documents import Image, Part
 from idefics_jax.errors import UserError
@@ -38,7 +38,7 @@ class Recipe:
     """What decides, with the input, the bytes of the shards.
 
     Attributes:
-      kind: of the rows, a name in sources.KINDS.
+      kind: of the rows, a name in kinds.KINDS.
       image_root: where images that the rows only name are found (image_files.py); None if they hold them.
       filters: what to leave out.
       captions: columns of pairs, of which each must hold a text; none for the column `caption` alone.

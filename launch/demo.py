@@ -12,7 +12,8 @@ import sys
 import time
 from pathlib import Path
 
-from data_pipelines.sources import SourceConfig, read_documents
+from data_pipelines.source_config import SourceConfig
+from data_pipelines.sources import read_documents
 from idefics_jax import commands
 from idefics_jax.errors import UserError
 from idefics_jax.evaluation.questions import question

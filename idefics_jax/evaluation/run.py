@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from etils import epath
 
-from data_pipelines.sources import SourceConfig, read_documents
+from data_pipelines.source_config import SourceConfig
+from data_pipelines.sources import read_documents
 from idefics_jax.buckets import write_whole
 from idefics_jax.errors import UserError
 from idefics_jax.evaluation.contact_sheet import draw_contact_sheet

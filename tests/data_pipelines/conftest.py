@@ -10,7 +10,7 @@ import pytest
 
 from data_pipelines import digits
 from data_pipelines.pipeline import DataConfig, Stage
-from data_pipelines.sources import SourceConfig
+from data_pipelines.source_config import SourceConfig
 from idefics_jax.batch import BatchShape
 from idefics_jax.processor import Processor
 

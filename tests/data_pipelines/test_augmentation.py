@@ -9,7 +9,7 @@ import pytest
 from data_pipelines import cauldron, messages, pairs
 from data_pipelines.augmentation import Augmentation
 from data_pipelines.pipeline import DataConfig, Stage, batches
-from data_pipelines.sources import SourceConfig
+from data_pipelines.source_config import SourceConfig
 from idefics_jax.documents import Document, Image, Text
 from idefics_jax.errors import UserError
 from tests.data_pipelines.pictures import png

@@ -10,7 +10,8 @@ import pytest
 
 from data_pipelines import messages
 from data_pipelines.pipeline import DataConfig, Stage, batches
-from data_pipelines.sources import SourceConfig, read_documents
+from data_pipelines.source_config import SourceConfig
+from data_pipelines.sources import read_documents
 from idefics_jax.errors import UserError
 from tests.data_pipelines.test_pipeline import assert_same, take
 from tests.data_pipelines.test_records import talk, write

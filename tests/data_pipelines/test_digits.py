@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipelines import digits
-from data_pipelines.sources import SourceConfig, read_documents
+from data_pipelines.source_config import SourceConfig
+from data_pipelines.sources import read_documents
 from idefics_jax.documents import Image
 from idefics_jax.errors import UserError
 from tests.data_pipelines.conftest import COUNTS, KINDS

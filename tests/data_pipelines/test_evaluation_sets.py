@@ -10,7 +10,8 @@ import pytest
 
 from data_pipelines import cauldron, evaluation_sets
 from data_pipelines.evaluation_sets import EvaluationConfig
-from data_pipelines.sources import SourceConfig, read_documents
+from data_pipelines.source_config import SourceConfig
+from data_pipelines.sources import read_documents
 from idefics_jax.errors import UserError
 from tests.data_pipelines.conftest import COUNTS
 from tests.data_pipelines.pictures import png

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from benchmarks import fuzz_targets
 from data_pipelines import training_form
+from data_pipelines.kinds import KINDS
 from data_pipelines.packed_rows import Candidate, encode
 from data_pipelines.rejection import BadRow, Rejected
-from data_pipelines.sources import KINDS
 from idefics_jax.batch import BatchShape
 from idefics_jax.documents import Document, EndOfUtterance, Image
 from tests.data_pipelines import poison

@@ -19,11 +19,13 @@ import pytest
 from data_pipelines import manifest, records
 from data_pipelines.cache import Cache
 from data_pipelines.filters import Filters
+from data_pipelines.kinds import KINDS
 from data_pipelines.packed_rows import Candidate, encode, encoded_size
 from data_pipelines.pipeline import Stage, batches
 from data_pipelines.preparation import Preparation
 from data_pipelines.row_groups import RowGroups
-from data_pipelines.sources import KINDS, DocumentSource, SourceConfig
+from data_pipelines.source_config import SourceConfig
+from data_pipelines.sources import DocumentSource
 from data_pipelines.training_form import COLUMNS
 from data_pipelines.units import Recipe, prepare_unit
 from idefics_jax.batch import BatchShape
@@ -405,7 +407,7 @@ import resource, sys
 from pathlib import Path
 from data_pipelines.pipeline import DataConfig, Stage, batches
 from data_pipelines.row_groups import RowGroups
-from data_pipelines.sources import SourceConfig
+from data_pipelines.source_config import SourceConfig
 from idefics_jax.batch import BatchShape
 from idefics_jax.processor import Processor
 folder = Path({str(tmp_path)!r})

@@ -9,7 +9,8 @@ import pytest
 
 from data_pipelines import chat_layouts, jsonl, messages
 from data_pipelines.rejection import BadRow, Rejected
-from data_pipelines.sources import SourceConfig, read_documents
+from data_pipelines.source_config import SourceConfig
+from data_pipelines.sources import read_documents
 from idefics_jax.errors import UserError
 
 TWO = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]

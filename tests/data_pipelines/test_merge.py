@@ -8,7 +8,8 @@ import pytest
 
 from data_pipelines import cauldron
 from data_pipelines.merge import REPORT, merge
-from data_pipelines.sources import SourceConfig, read_documents
+from data_pipelines.source_config import SourceConfig
+from data_pipelines.sources import read_documents
 from idefics_jax.errors import UserError
 from tests.data_pipelines.pictures import png
 

@@ -9,7 +9,8 @@ import pytest
 from data_pipelines import cauldron, obelics, pairs
 from data_pipelines.packing import fill
 from data_pipelines.pipeline import DataConfig, Stage, batches
-from data_pipelines.sources import SourceConfig, read_documents
+from data_pipelines.source_config import SourceConfig
+from data_pipelines.sources import read_documents
 from idefics_jax import settings
 from idefics_jax.batch import BatchShape
 from idefics_jax.errors import UserError

@@ -24,7 +24,8 @@ from data_pipelines import (
 from data_pipelines.filters import Filters
 from data_pipelines.preparation import Preparation
 from data_pipelines.progress import Progress
-from data_pipelines.sources import SourceConfig, read_documents
+from data_pipelines.source_config import SourceConfig
+from data_pipelines.sources import read_documents
 from data_pipelines.units import Recipe, Report, prepare_unit
 from idefics_jax.errors import UserError
 from tests.data_pipelines.pictures import png

@@ -16,7 +16,8 @@ from data_pipelines import (
     image_store,
 )
 from data_pipelines.filters import Filters
-from data_pipelines.sources import SourceConfig, read_documents
+from data_pipelines.source_config import SourceConfig
+from data_pipelines.sources import read_documents
 from idefics_jax.errors import UserError
 from tests.data_pipelines.pictures import png
 from tests.data_pipelines.stores import write_webdataset

@@ -10,7 +10,8 @@ from data_pipelines.cache import Cache
 from data_pipelines.records import RecordRows, decode, encode, write_shards
 from data_pipelines.rejection import BadRow, Rejected
 from data_pipelines.row_groups import RowGroups
-from data_pipelines.sources import DocumentSource, SourceConfig, read_documents
+from data_pipelines.source_config import SourceConfig
+from data_pipelines.sources import DocumentSource, read_documents
 from idefics_jax.errors import UserError
 
 COLUMNS = {"messages": [{"role": "text", "content": "text"}]}

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 from data_pipelines import messages, pairs
 from data_pipelines.pipeline import Stage, batches
 from data_pipelines.row_groups import RowGroups
-from data_pipelines.sources import SourceConfig
+from data_pipelines.source_config import SourceConfig
 from tests.data_pipelines.pictures import png
 from tests.data_pipelines.test_records import talk
 

@@ -8,7 +8,8 @@ from data_pipelines import cauldron, obelics, pairs
 from data_pipelines.cache import Cache
 from data_pipelines.rejection import Rejected
 from data_pipelines.row_groups import RowGroups
-from data_pipelines.sources import DocumentSource, SourceConfig, read_documents
+from data_pipelines.source_config import SourceConfig
+from data_pipelines.sources import DocumentSource, read_documents
 from idefics_jax.errors import UserError
 
 

@@ -15,7 +15,8 @@ from tensorflow_datasets.proto import tf_example_pb2
 from data_pipelines import prepare, tfds_source
 from data_pipelines.pipeline import Stage, batches
 from data_pipelines.rejection import BadRow, Rejected
-from data_pipelines.sources import SourceConfig, read_documents
+from data_pipelines.source_config import SourceConfig
+from data_pipelines.sources import read_documents
 from idefics_jax.documents import Image, Text
 from idefics_jax.errors import UserError
 from tests.data_pipelines.pictures import png

@@ -15,7 +15,8 @@ from data_pipelines.pipeline import Stage, batches
 from data_pipelines.prepare import open_inputs
 from data_pipelines.rejection import Rejected
 from data_pipelines.row_groups import RowGroups
-from data_pipelines.sources import DocumentSource, SourceConfig, read_documents
+from data_pipelines.source_config import SourceConfig
+from data_pipelines.sources import DocumentSource, read_documents
 from data_pipelines.units import Recipe, prepare_unit
 from idefics_jax.documents import Image, Text
 from idefics_jax.errors import UserError

@@ -20,7 +20,7 @@ import idefics_jax
 from configs.idefics2_8b import chat, instruct, stage1, stage2
 from data_pipelines import digits, messages, pages, prepare
 from data_pipelines.filters import Filters
-from data_pipelines.sources import KINDS
+from data_pipelines.kinds import KINDS
 from data_pipelines.units import Recipe
 from idefics_jax.convert.orbax import load_model
 from idefics_jax.errors import UserError
