@@ -2,12 +2,13 @@
 
     python -m idefics_jax.evaluate --checkpoint work/digits --config configs/eval/digits.py
 
-Figures, samples and a contact sheet go to DIR/eval, or to --out.
+Figures, samples and a contact sheet go to DIR/eval, or to --out. Several processes, one a machine of a pod, share the
+questions; each holds a whole model (idefics_jax/processes.py says how they find each other).
 """
 
 from absl import flags, logging
 
-from idefics_jax import buckets, commands
+from idefics_jax import buckets, commands, processes
 
 _CONFIG = commands.define_config(None, "what to ask, configs/eval/NAME.py")
 _CHECKPOINT = commands.define_folder("checkpoint", None, "a work directory, a model folder or a Hugging Face folder")
@@ -25,9 +26,10 @@ def main() -> None:
 
     config = settings.build(EvalConfig, _CONFIG.value.to_dict(), "config")
     checkpoint = buckets.absolute(_CHECKPOINT.value)
-    model = idefics_jax.load(checkpoint, **cut_over(_TENSOR.value))
-    figures = evaluate(model, config, buckets.absolute(_OUT.value) if _OUT.value else checkpoint / "eval")
-    print(f"{config.metric}: {figures[config.metric]:.3f} over {figures['questions']} questions")
+    with processes.joined():
+        model = idefics_jax.load(checkpoint, **cut_over(_TENSOR.value))
+        figures = evaluate(model, config, buckets.absolute(_OUT.value) if _OUT.value else checkpoint / "eval")
+        print(f"{config.metric}: {figures[config.metric]:.3f} over {figures['questions']} questions")
 
 
 if __name__ == "__main__":

@@ -6,11 +6,13 @@ import random
 import time
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from etils import epath
 
 from data_pipelines.source_config import SourceConfig
 from data_pipelines.sources import read_documents
+from idefics_jax import processes
 from idefics_jax.buckets import write_whole
 from idefics_jax.errors import UserError
 from idefics_jax.evaluation.contact_sheet import draw_contact_sheet
@@ -62,8 +64,10 @@ class EvalConfig:
 def evaluate(model: Model, config: EvalConfig, folder: epath.Path) -> dict[str, float]:
     """Evaluates a model and writes `metrics.json`, `samples.jsonl` and `contact_sheet.png` into `folder`.
 
+    Each of several processes answers its share of the questions, and the first writes.
+
     Args:
-      model: from `idefics_jax.load`, with a processor.
+      model: from `idefics_jax.load`, with a processor; on devices of this process alone.
       config: what to ask.
       folder: created if missing.
 
@@ -73,8 +77,24 @@ def evaluate(model: Model, config: EvalConfig, folder: epath.Path) -> dict[str, 
     if model.processor is None:
         raise UserError("the checkpoint holds no processor (tokenizer.model); evaluation needs one")
     questions = [question(document) for document in read_documents(config.source)][: config.limit]
+    given = _answers_of_all(dataclasses.replace(model, dtype=jnp.dtype(config.dtype)), questions, config)
+    scores = [METRICS[config.metric](a, q.answer) for a, q in zip(given, questions, strict=True)]
+    figures = {config.metric: sum(scores) / len(scores), "questions": len(scores)}
+    if processes.first():
+        _write(folder, model.processor.image_rules, config.seed, questions, given, scores, figures)
+    return figures
+
+
+def _answers_of_all(model: Model, questions: Sequence[Question], config: EvalConfig) -> list[str]:
+    """Answers this process's share of the questions, every count-th of them; returns the answers of all processes."""
+    first, count = jax.process_index(), jax.process_count()
+    told = processes.from_all(processes.by_all(lambda: _answers(model, questions[first::count], config)))
+    return [told[place % count][place // count] for place in range(len(questions))]
+
+
+def _answers(model: Model, questions: Sequence[Question], config: EvalConfig) -> list[str]:
+    """Answers questions, and tells how far it is."""
     decoding = default_decoding(model.processor, max_new_tokens=config.max_new_tokens)
-    model = dataclasses.replace(model, dtype=jnp.dtype(config.dtype))
     prompts = [item.prompt for item in questions]
     given, started = [], time.monotonic()
     try:
@@ -82,11 +102,22 @@ def evaluate(model: Model, config: EvalConfig, folder: epath.Path) -> dict[str, 
             given.append(answer)
             if len(given) % config.rows == 0 or len(given) == len(questions):
                 rate = len(given) / (time.monotonic() - started)
-                print(f"answered {len(given)}/{len(questions)}  {rate:.1f} questions/s", flush=True)
+                shared = f", as each of {jax.process_count()} processes" if processes.several() else ""
+                print(f"answered {len(given)}/{len(questions)}  {rate:.1f} questions/s{shared}", flush=True)
     except RejectedImage as error:
         raise UserError(_whose(questions, model.processor.image_rules) or str(error)) from error
-    scores = [METRICS[config.metric](a, q.answer) for a, q in zip(given, questions, strict=True)]
-    figures = {config.metric: sum(scores) / len(scores), "questions": len(scores)}
+    return given
+
+
+def _write(
+    folder: epath.Path,
+    rules: ImageRules,
+    seed: int,
+    questions: Sequence[Question],
+    given: Sequence[str],
+    scores: Sequence[float],
+    figures: dict[str, float],
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     samples = [
         {"id": q.id, "question": q.text, "answer": a, "reference": q.answer, "score": s}
@@ -94,12 +125,11 @@ def evaluate(model: Model, config: EvalConfig, folder: epath.Path) -> dict[str, 
     ]
     write_whole(folder / "samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples).encode())
     # A random sample: kinds of question may follow one another in any rhythm.
-    shown = sorted(random.Random(config.seed).sample(range(len(questions)), min(len(questions), SHEET)))
+    shown = sorted(random.Random(seed).sample(range(len(questions)), min(len(questions), SHEET)))
     sheet = [(questions[index], given[index], scores[index]) for index in shown]
-    draw_contact_sheet(folder / "contact_sheet.png", model.processor.image_rules, *zip(*sheet, strict=True))
+    draw_contact_sheet(folder / "contact_sheet.png", rules, *zip(*sheet, strict=True))
     # Last: who finds the figures finds the rest.
     write_whole(folder / "metrics.json", (json.dumps(figures, indent=1) + "\n").encode())
-    return figures
 
 
 def _whose(questions: Sequence[Question], rules: ImageRules) -> str | None:

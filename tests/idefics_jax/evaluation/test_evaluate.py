@@ -120,6 +120,22 @@ def test_the_command_draws_as_its_flags_say(model, tmp_path):
     assert done.stdout.strip("\n") == wanted[0.7, 0.9]
 
 
+def test_processes_share_the_questions_and_give_the_figures_of_one(model, folder, tmp_path):
+    save_model(epath.Path(tmp_path / "model"), model.params, model.config, model.processor)
+    config = dataclasses.replace(settings_of(folder / "heldout.parquet"), limit=5)
+    alone = evaluate(model, config, epath.Path(tmp_path / "alone"))
+    command = ["-m", "launch.processes", "-n", "2", "--devices=1", "--", "python", "-m", "idefics_jax.evaluate"]
+    command += ["--config=configs/eval/digits.py", f"--checkpoint={tmp_path / 'model'}", f"--out={tmp_path / 'shared'}"]
+    changes = {"source.paths": f"('{folder / 'heldout.parquet'}',)", "rows": 1, "max_new_tokens": 3, "limit": 5}
+    command += [f"--config.{name}={value}" for name, value in changes.items()]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "answered 3/3" in done.stdout
+    assert json.loads((tmp_path / "shared" / "metrics.json").read_text()) == alone
+    for file in ("samples.jsonl", "contact_sheet.png"):
+        assert (tmp_path / "shared" / file).read_bytes() == (tmp_path / "alone" / file).read_bytes()
+
+
 @pytest.mark.parametrize(("score", "there", "absent"), [(1.0, RIGHT, WRONG), (0.0, WRONG, RIGHT)])
 def test_the_sheet_shows_what_is_right_in_green_and_what_is_wrong_in_red(score, there, absent, model, tmp_path):
     image = io.BytesIO()
