@@ -98,8 +98,10 @@ def neftune(x: jax.Array, segment_ids: jax.Array, alpha: float, rng: jax.Array) 
       alpha: strength; 5 to 15 in the NEFTune paper.
       rng: key.
     """
-    rows = jnp.arange(segment_ids.shape[0])[:, None]
-    counts = jnp.zeros((segment_ids.shape[0], segment_ids.shape[1] + 1), jnp.float32).at[rows, segment_ids].add(1.0)
-    lengths = counts[rows, segment_ids]
+
+    def of_row(ids: jax.Array) -> jax.Array:  # alone, or the devices would add up what each knows of all rows
+        return jnp.bincount(ids, length=ids.size + 1)[ids]
+
+    lengths = jax.vmap(of_row)(segment_ids).astype(jnp.float32)
     noise = jax.random.uniform(rng, x.shape, x.dtype, -1.0, 1.0)
     return x + noise * (alpha * jax.lax.rsqrt(lengths * x.shape[-1]))[..., None].astype(x.dtype)

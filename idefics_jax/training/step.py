@@ -11,6 +11,7 @@ so data and schedule move on) until `max_skipped` have been; the next one sets `
 is a no-op, so the host may look at the numbers late, without a sync in each step.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -167,8 +168,9 @@ def batch_counts(batch: Batch) -> dict[str, jax.Array]:
         counts["patch_fill"] = jnp.mean(batch["patch_image_ids"] > 0, dtype=jnp.float32)
         rows, _, length = batch["patch_image_ids"].shape
         ids = batch["patch_image_ids"].reshape(rows, -1)
-        sizes = jnp.zeros((rows, batch["image_mask"].shape[1] + 1), jnp.float32)
-        sizes = sizes.at[jnp.arange(rows)[:, None], ids].add(1.0)[:, 1:]
+        # Row by row, or the devices would add up what each knows of all rows.
+        of_row = functools.partial(jnp.bincount, length=batch["image_mask"].shape[1] + 1)
+        sizes = jax.vmap(of_row)(ids)[:, 1:].astype(jnp.float32)
         counts["attention_share"] = jnp.sum(sizes**2) / float(ids.size * length)  # beyond int32 at 2,048 rows
     return counts
 

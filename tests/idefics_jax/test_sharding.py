@@ -43,12 +43,20 @@ def test_three_steps_on_eight_devices_are_those_of_one(cell, eight_devices):
 @pytest.mark.parametrize("cell", CELLS)
 def test_between_devices_passes_what_the_preset_promises(cell, eight_devices):
     """Sums, and parameters where they are cut; never logits, patches or rows of the batch."""
-    mesh, _ = cell.split()
+    mesh, adaptation = cell.split()
     preset, sizes = sharded.MESHES[mesh]
     passed: dict[str, set] = {}
     for kind, shapes in json.loads(eight_devices.stdout)[cell]["collectives"]:
         passed.setdefault(kind, set()).update(sides(shape) for shape in shapes.split(", "))
-    assert passed.pop("all-reduce")
+    summed = passed.pop("all-reduce")
+    whole_and_cut = (parameters(RULES[preset], sizes, cut=cut) for cut in ("tensor", "fsdp", "fsdp tensor"))
+    promised = set.union({()}, *whole_and_cut)
+    if adaptation == "dora" and preset != "data":
+        promised.add((2, 2))  # A^T A of each layer, where the rows of A are cut
+    if preset == "fsdp_tensor":
+        promised |= PARTIAL_SUMS
+    assert summed
+    assert summed <= promised
     assert bool(passed.get("all-gather")) == (preset != "data")
     gathered = parameters(RULES[preset], sizes, cut="tensor")
     if preset == "fsdp_tensor":
@@ -61,6 +69,11 @@ def test_between_devices_passes_what_the_preset_promises(cell, eight_devices):
     assert passed.pop("all-gather", set()) <= gathered
     assert passed.pop("reduce-scatter", set()) <= parameters(RULES[preset], sizes, cut="fsdp tensor")
     assert passed == {}
+
+
+# What each of two devices adds to the products of the 2 rows that they share (40 tokens, 2 x 20 patches, 8 latents, of
+# 16 numbers): of decoder, tower and resampler, what enters LoRA's B, and the resampler's keys and values.
+PARTIAL_SUMS = {(2, 16, 40), (4, 16, 20), (2, 16, 16), (2, 2, 40), (2, 4, 20), (2, 8, 48), (2, 16, 48)}
 
 
 def sides(shape: str) -> tuple[int, ...]:
