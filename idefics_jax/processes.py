@@ -26,8 +26,9 @@ HEARTBEAT = "JAX_HEARTBEAT_TIMEOUT_SECONDS"
 # JAX's own 100 would leave the others waiting a minute and a half for one that is gone.
 _HEARTBEAT_SECONDS = 10
 _HOLD_BACK_SECONDS = 0.5
-# How errors begin that may be of communication, and how long after a silence is too long JAX may say so.
-_BETWEEN_PROCESSES, _HEARTBEAT_DELAY_SECONDS = ("UNKNOWN:", "UNAVAILABLE:", "DEADLINE_EXCEEDED:"), 3.0
+# Words of errors that may be of communication, and how long after a silence is too long JAX may say so.
+_BETWEEN_PROCESSES = ("UNKNOWN:", "UNAVAILABLE:", "DEADLINE_EXCEEDED:", "Gloo")
+_HEARTBEAT_DELAY_SECONDS = 3.0
 
 
 @contextlib.contextmanager
@@ -153,7 +154,10 @@ def hold_back(error: Exception) -> None:
         return
     import jax
 
-    if isinstance(error, jax.errors.JaxRuntimeError) and str(error).startswith(_BETWEEN_PROCESSES):
+    # What passes between processes alone raises it as ValueError.
+    if isinstance(error, jax.errors.JaxRuntimeError | ValueError) and any(
+        it in str(error) for it in _BETWEEN_PROCESSES
+    ):
         time.sleep(_heartbeat_seconds() + _HEARTBEAT_DELAY_SECONDS)
     time.sleep(_HOLD_BACK_SECONDS if first() else 3 * _HOLD_BACK_SECONDS)
 

@@ -5,7 +5,7 @@
 Each has its own devices of the host's CPU, and they exchange numbers over gloo; idefics_jax/processes.py says how they
 find each other. Every line they print is led by the number of its process. Ctrl-C or SIGTERM is passed on, so that all
 of them save and stop at the same step; a second one ends them. When one dies or is stopped, it is named and the others,
-which would wait for it, are ended.
+which would wait for it, are ended. One that waits for something of its own, such as a disk, is waited for.
 """
 
 import collections
@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import IO
 
 from absl import flags
@@ -33,6 +34,7 @@ STOPPED_SECONDS = 5.0
 # What goes to stderr is held back for so long: if a process dies in this time, what the others said to it is dropped.
 _HELD_SECONDS = 0.3
 _POLL_SECONDS = 0.1
+_LOOK_SECONDS = 0.5  # from one look for stopped processes to the next
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +88,7 @@ class Group:
         Args:
           received: signals, as they come in. The first is passed on, a second kills.
         """
-        passed = 0
+        passed, looked = 0, time.monotonic()
         while True:
             if len(received) > passed:
                 passed += 1
@@ -99,9 +101,11 @@ class Group:
             if None not in ended:
                 return None
             self._tell_errors(before=time.monotonic() - _HELD_SECONDS)
-            for index in range(len(self._members)):
-                if self._is_stopped(index):
-                    return Lost(index, self._named(index, "is stopped"), 1)
+            if time.monotonic() - looked > _LOOK_SECONDS:
+                looked = time.monotonic()
+                for index in range(len(self._members)):
+                    if self._is_stopped(index):
+                        return Lost(index, self._named(index, "is stopped"), 1)
             time.sleep(_POLL_SECONDS)
 
     def end(self, lost: Lost | None) -> None:
@@ -114,14 +118,14 @@ class Group:
         self._tell_errors(before=time.monotonic(), only=None if lost is None else lost.index)
 
     def _is_stopped(self, index: int) -> bool:
-        """Whether a process has been stopped (by SIGSTOP, or a debugger) for as long as is waited for it."""
-        with contextlib.suppress(ChildProcessError):
-            event = os.waitid(os.P_PID, self._members[index].pid, os.WSTOPPED | os.WCONTINUED | os.WNOHANG)
-            if event is not None and event.si_code == os.CLD_CONTINUED:
-                self._stopped.pop(index, None)
-            elif event is not None:
-                self._stopped[index] = time.monotonic()
-        return index in self._stopped and time.monotonic() - self._stopped[index] > STOPPED_SECONDS
+        """Whether a process, or one that it started, has been stopped for as long as is waited for it.
+
+        By SIGSTOP, or a debugger. A command may be a shell's, whose child is the one that the others wait for.
+        """
+        if not any(_state(pid) == "T" for pid in _family(self._members[index].pid)):
+            self._stopped.pop(index, None)
+            return False
+        return time.monotonic() - self._stopped.setdefault(index, time.monotonic()) > STOPPED_SECONDS
 
     def _named(self, index: int, how: str) -> str:
         others = "; the others were ended" if len(self._members) > 1 else ""
@@ -166,6 +170,22 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def _family(pid: int) -> Iterator[int]:
+    """Yields a process, the ones that it started, and theirs, as far as Linux tells."""
+    yield pid
+    for thread in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # it has ended
+            for child in thread.read_text().split():
+                yield from _family(int(child))
+
+
+def _state(pid: int) -> str:
+    """Returns the letter of a process's state, T if it is stopped; empty if it has ended."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return ""
+
+
 def _pass_on(source: IO[bytes], index: int) -> None:
     for line in source:
         sys.stdout.write(_led(line, index))
@@ -180,14 +200,22 @@ def _blame(returncode: int | None) -> int:
     """Orders how processes have ended: the end of the later ones may follow from that of the first."""
     if returncode is None:
         return 4
-    if returncode < 0:
-        return 3 if returncode == -signal.SIGABRT else 0  # JAX aborts those who have lost another
+    number = _signal_of(returncode)
+    if number:
+        return 3 if number == signal.SIGABRT else 0  # JAX aborts those who have lost another
     return 2 if returncode else 1
 
 
-def _how(returncode: int) -> str:
+def _signal_of(returncode: int) -> int:
+    """Returns the signal that ended a process, or one of a shell's that it stands for; 0 if none did."""
     if returncode < 0:
-        return f"was ended by {signal.Signals(-returncode).name}"
+        return -returncode
+    return returncode - 128 if returncode - 128 in set(signal.Signals) else 0
+
+
+def _how(returncode: int) -> str:
+    if _signal_of(returncode):
+        return f"was ended by {signal.Signals(_signal_of(returncode)).name}"
     return f"ended with status {returncode}" + ("" if returncode else " before the others")
 
 
