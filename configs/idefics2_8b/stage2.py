@@ -12,11 +12,11 @@ from configs.idefics2_8b import stage1
 SHARES = {"obelics": 0.45, "pairs": 0.35, "pdf": 0.20}  # paper
 POSITIONS = 70  # 980 pixels in patches of 14 (paper; code)
 
-# As in stage 1. On v5e the base, which is read alone, is bfloat16: what stage 1 added is in it, rounded.
+# As in stage 1. v4 and v5p have room for a base in float32; in bfloat16 what stage 1 added to it is rounded.
 ROOM = {
-    "v4": {"remat": "linear", "vision_remat": "full", "rows_a_device": 1},
-    "v5e": {"remat": "full", "vision_remat": "full", "rows_a_device": 1, "frozen_dtype": "bfloat16"},
-    "v5p": {"remat": "linear", "vision_remat": "linear", "rows_a_device": 1},
+    "v4": {"remat": "linear", "vision_remat": "full", "rows_a_device": 1, "frozen_dtype": "float32"},
+    "v5e": {"remat": "full", "vision_remat": "full", "rows_a_device": 1},
+    "v5p": {"remat": "linear", "vision_remat": "linear", "rows_a_device": 1, "frozen_dtype": "float32"},
 }
 
 
@@ -29,6 +29,7 @@ def get_config(chip: str = "") -> ConfigDict:
     config.init_parts = ConfigDict()
     config.image_rules = image_rules()
     config.model = stage1.model(positions_a_side=POSITIONS, vocab_size=32_002)
+    config.frozen_dtype = "bfloat16"  # ours: what every slice has room for; it is read alone
     config.resize_positions = True  # paper: interpolated; code: bicubic, from 27 x 27, at the start of this stage
     config.grow_vocabulary = "none"
     config.init_std = ()

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 
 import jax
+import numpy as np
 import pytest
 
 from configs.idefics2_8b import chat, instruct, stage1, stage2
@@ -112,6 +113,13 @@ def test_a_chip_changes_how_a_recipe_is_computed_and_nothing_that_it_learns(name
     assert differ <= {"remat", "vision_remat", "rows_a_device", "frozen_dtype"}
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_without_a_chip_a_recipe_has_the_least_that_any_of_them_takes(name):
+    plain, *fitted = (RECIPES[name].get_config(*argument) for argument in ((), ("v4",), ("v5e",), ("v5p",)))
+    assert (plain.remat, plain.vision_remat, plain.rows_a_device) == ("full", "full", 1)
+    assert np.dtype(plain.frozen_dtype).itemsize == min(np.dtype(one.frozen_dtype).itemsize for one in fitted)
+
+
 def test_an_unknown_chip_is_refused_by_name():
     with pytest.raises(UserError, match="argument 'v6e' is none of v4, v5e, v5p"):
         RECIPES["stage2"].get_config("v6e")
@@ -140,7 +148,8 @@ def test_the_plan_tells_what_trains_without_a_weight(name, rows, trained):
     assert lines[-3].startswith(f"trained parameters, float32: {4 * trained:,} bytes (3.5")
     assert table["text_model/embed_tokens/new_rows"][:3] == [f"{rows}x4096", "float32", "trainable"]
     vocabulary = 32_000 + rows
-    assert table["text_model/embed_tokens/embedding"] == [f"{vocabulary}x4096", "float32", "frozen"]
+    held = "float32" if name == "stage1" else "bfloat16"
+    assert table["text_model/embed_tokens/embedding"] == [f"{vocabulary}x4096", held, "frozen"]
     assert table["connector/perceiver_resampler/layers/mlp/up_proj/kernel"][2:] == ["trainable", "0.0001", "0"]
     assert table["connector/modality_projection/up_proj/kernel"][2:] == ["trainable", "0.0001", "0.1"]
     dora = name in ("instruct", "chat")

@@ -25,6 +25,7 @@ def shrink(config: ConfigDict, folder: str) -> ConfigDict:
     for stage in config.data.stages.values():
         for source in stage.sources.values():
             source.paths = (f"{folder}/data/shards/{source.kind}",)
+    config.frozen_dtype = "float32"  # as on v4 and v5p, to compare to the bit
     config.steps, config.optimizer.warmup_steps = STEPS, 1
     config.data.shape.update({"rows": 2, "tokens": 256, "patches": side**2 * 4, "vision_rows": 2})
     config.data.document_tokens, config.loss_chunk, config.data.virtual_shards = 256, 32, 2
