@@ -9,16 +9,17 @@ The step is the one that training runs, with its mesh, shardings and donation, c
 blocks they compute (kernels.py), and that of collectives which nothing hides. MFU counts what the algorithm needs for
 real tokens and patches (flops.py), HFU what the program does. `--trained_in_full` compiles the same step with every
 parameter trained, as published figures are. `--fits_only` stops at memory and collectives: most of the compiler's time
-goes into code that nothing here runs. `--search` so tries remat policies, cheapest first, with ever more rows a
-device at once. No weight or data is read: documents have the sizes of launch/stage_mixes.py, or with `--full_rows`
-fill their rows.
+goes into code that nothing here runs. `--search` so tries remat policies of the decoder and of the vision tower, and at
+the edge of what fits ever more rows a device at once; it tells first what computes least again. No weight or data is
+read: documents have the sizes of launch/stage_mixes.py, or with `--full_rows` fill their rows.
 """
 
+import dataclasses
+import math
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,36 +29,29 @@ from absl import flags
 from idefics_jax import commands, sharding
 from idefics_jax.batch import BatchShape
 from idefics_jax.errors import UserError
+from idefics_jax.stack import REMAT_POLICIES
 from idefics_jax.training.config import TrainConfig
 from idefics_jax.training.run import device_rows
 from launch import calibration, estimate, kernels, program, slices
 from launch.chips import CHIPS
 from launch.collectives import KINDS, Collective
-from launch.compiled_step import Compiled, compile_step, estimated
+from launch.compiled_step import Compiled, compile_step, estimated, traced_step
 from launch.estimate import gib
 from launch.flops import Trained, step_flops
+from launch.frontier import divisors, frontier
 from launch.program import DoesNotFit
 from launch.report import print_table, write_json
 from launch.slice_flag import SLICE
 from launch.workload import Rows, full_rows, packed_rows
 
 _CONFIG = commands.define_config(None, "what to train, configs/NAME.py[:argument]")
-_SEARCH = flags.DEFINE_boolean("search", False, "find the largest batch and the cheapest remat policy that fit")
+_SEARCH = flags.DEFINE_boolean("search", False, "find the cheapest remat policies that fit, and the most rows at once")
 _FITS_ONLY = flags.DEFINE_boolean("fits_only", False, "stop at memory and collectives, known in a tenth of the time")
 _DUMP_TO = flags.DEFINE_string("dump_to", None, "folder for what the compiler writes of its program as it goes")
 _IN_FULL = flags.DEFINE_boolean("trained_in_full", False, "train every parameter instead of what the recipe trains")
 _FULL_ROWS = flags.DEFINE_boolean("full_rows", False, "take rows as full of one document and one image a vision row")
 
 LISTED = 8  # collectives printed one by one
-# What a search tries that the backward pass keeps, of the decoder and of what works on images: most first.
-KEPT = (
-    ("none", "none"),
-    ("linear", "linear"),
-    ("linear", "attention"),
-    ("linear", "full"),
-    ("attention", "attention"),
-    ("full", "full"),
-)
 # What the recipes' partition becomes where everything trains.
 IN_FULL = {"partition": ((".*", "trainable", 1.0, 0.1),), "lora": {}, "new_rows": 0, "quantize": ()}
 
@@ -196,24 +190,32 @@ def check(values: Any, slice_name: str, *, rows: Rows | None, dump_to: str | Non
 
 
 def search(values: Any, slice_name: str, arguments: list[str]) -> dict[str, float]:
-    """Finds for remat policies, those that recompute least first, the most rows a device that fit at once.
+    """Finds the remat policies that fit and keep the most, and for each the most rows a device that fit at once.
 
-    Rows are doubled until a step does not fit or a device takes its whole share of the batch. Prints and returns what
-    was found; `arguments` are those of this command.
+    The batch stays the recipe's: of a device's share of it so many rows are computed at once. Prints what was found,
+    what computes least again first, and returns it; `arguments` are those of this command.
     """
     config = TrainConfig.from_config_dict(values.to_dict())
     mesh = sharding.make_mesh(config.mesh, program.slice_devices(slice_name))
-    share = device_rows(mesh, config.data.shape.rows)
-    found = {}
-    for kept in KEPT:
-        largest = doubled(lambda rows, kept=kept: _peak(arguments, kept, rows) if rows <= share else None)
-        found |= {kept: largest} if largest else {}
+    counts = divisors(device_rows(mesh, config.data.shape.rows))
+    peaks = frontier(tuple(REMAT_POLICIES), lambda *kept: _peak(arguments, kept, rows=1))
+    found = []
+    for kept, peak in peaks.items():
+        largest = 1, peak
+        for rows in counts[1:]:
+            peak = _peak(arguments, kept, rows)
+            if peak is None:
+                break
+            largest = rows, peak
+        own = dataclasses.replace(config, remat=kept[0], vision_remat=kept[1])
+        found.append((traced_step(own, slice_name)[1], kept, *largest))
+    found.sort()
     print()
     print_table(
-        ["remat", "vision_remat", "rows_a_device", "peak GiB"],
-        [[*kept, rows, gib(peak)] for kept, (rows, peak) in found.items()],
+        ["remat", "vision_remat", "rows_a_device", "peak GiB", "PFLOP of products"],
+        [[*kept, rows, gib(peak), operations / 1e15] for operations, kept, rows, peak in found],
     )
-    return {f"rows_a_device_{'_'.join(kept)}": rows for kept, (rows, _) in found.items()}
+    return {f"rows_a_device_{'_'.join(kept)}": rows for _, kept, rows, _ in found}
 
 
 def _peak(arguments: list[str], kept: tuple[str, str], rows: int) -> int | None:
@@ -229,12 +231,16 @@ def _peak(arguments: list[str], kept: tuple[str, str], rows: int) -> int | None:
     return peak
 
 
-def doubled(tried: Callable[[int], Any]) -> tuple[int, Any] | None:
-    """Returns the last of 1, 2, 4, ... up to which `tried` gives something, and what it gave."""
-    count, found = 1, None
-    while (result := tried(count)) is not None:
-        count, found = 2 * count, (count, result)
-    return found
+def check_machines(config: TrainConfig, where: slices.Slice) -> None:
+    """Raises UserError where the virtual shards of the data cannot be dealt out to the machines of a slice."""
+    shape = sharding.mesh_shape(config.mesh, where.chips * where.count, where.count)
+    parts = math.prod(shape) // shape[sharding.MESH_AXES.index("tensor")]
+    machines = min(where.hosts * where.count, parts)
+    if config.data.virtual_shards % machines:
+        raise UserError(
+            f"{where.name} has {machines} machines that read data of their own, which cannot share "
+            f"data.virtual_shards = {config.data.virtual_shards}; give --config.data.virtual_shards={machines}"
+        )
 
 
 def main() -> None:
@@ -244,6 +250,7 @@ def main() -> None:
         with values.unlocked():
             values.update(IN_FULL)
     rows = full_rows(BatchShape(**values.data.shape)) if _FULL_ROWS.value else None
+    check_machines(TrainConfig.from_config_dict(values.to_dict()), slices.find(SLICE.value))
     if _FITS_ONLY.value:
         numbers = fits(sys.argv[1:])
     elif _SEARCH.value:

@@ -40,6 +40,17 @@ def compile_step(config: TrainConfig, slice_name: str, *, dump_to: str | None) -
       DoesNotFit: it takes more memory than a chip has.
       UserError: the recipe cannot be used, or the slice is unknown.
     """
+    traced, operations, planned = traced_step(config, slice_name)
+    options = {"xla_dump_to": dump_to, "xla_dump_hlo_as_text": True} if dump_to else {}
+    return Compiled(planned, program.compiled_cost(traced.lower(), options), operations)
+
+
+def traced_step(config: TrainConfig, slice_name: str) -> tuple[jax.stages.Traced, float, Plan]:
+    """Traces the training step of a recipe; returns it, the operations of its products, and what trains.
+
+    Raises:
+      UserError: the recipe cannot be used, or the slice is unknown.
+    """
     mesh, rules = sharding.make_mesh(config.mesh, program.slice_devices(slice_name)), sharding.RULES[config.sharding]
     planned = plan(config)
     state, frozen = planned.placed(mesh, rules)
@@ -48,9 +59,8 @@ def compile_step(config: TrainConfig, slice_name: str, *, dump_to: str | None) -
     with sharding.use_mesh(mesh, rules):
         step = make_step(config, planned.sizes, planned.optimizer, mesh)
         places = jax.tree.map(lambda x: x.sharding, state)
-        options = {"xla_dump_to": dump_to, "xla_dump_hlo_as_text": True} if dump_to else {}
         traced = jitted(step, places, mesh).trace(state, frozen, batch)
-        return Compiled(planned, program.compiled_cost(traced.lower(), options), traced_flops(traced.jaxpr))
+        return traced, traced_flops(traced.jaxpr), planned
 
 
 def estimated(compiled: Compiled, config: TrainConfig, rows: Rows, where: slices.Slice) -> Estimate:

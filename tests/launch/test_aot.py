@@ -2,10 +2,14 @@
 
 import collections
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 
 from configs.idefics2_8b import stage1
+from idefics_jax.errors import UserError
 from launch import aot, program, slices
+from launch.frontier import divisors, frontier
 from tests.launch import tiny_recipes
 
 NUMBERS = ("fits", "peak_gib", "estimated_mfu", "estimated_step_seconds")
@@ -35,9 +39,35 @@ def test_a_recipe_is_compiled_for_a_slice_of_each_generation(name, capsys):
     assert "collectives that nothing hides" in said
 
 
-@pytest.mark.parametrize(("room", "largest"), [(0, None), (1, (1, "1 fit")), (5, (4, "4 fit")), (8, (8, "8 fit"))])
-def test_a_search_doubles_until_it_does_not_fit(room, largest):
-    assert aot.doubled(lambda count: f"{count} fit" if count <= room else None) == largest
+@hypothesis.given(st.lists(st.integers(0, 4), min_size=4, max_size=4))
+def test_a_search_finds_all_of_the_edge_with_few_tries(fits_from):
+    """Of each first policy the second ones from some on fit, and more of them the less the first keeps."""
+    edge = [max(fits_from[first:]) for first in range(4)]  # 4: none fits
+    tries = []
+
+    def tried(first, second):
+        tries.append((first, second))
+        return f"{first}{second}" if "abcd".index(second) >= edge["abcd".index(first)] else None
+
+    wanted = {
+        ("abcd"[first], "abcd"[edge[first]]): f"{'abcd'[first]}{'abcd'[edge[first]]}"
+        for first in range(4)
+        if edge[first] < 4 and edge[first] not in edge[:first]
+    }
+    assert frontier("abcd", tried) == wanted
+    assert len(tries) == len(set(tries)) <= 8
+
+
+def test_rows_at_once_are_tried_that_divide_a_device_s_share():
+    assert divisors(12) == [1, 2, 3, 4, 6, 12]
+    assert divisors(1) == [1]
+
+
+def test_a_slice_of_more_machines_than_virtual_shards_is_refused():
+    config = aot.TrainConfig.from_config_dict(stage1.get_config().to_dict())
+    aot.check_machines(config, slices.find("v5e-256"))
+    with pytest.raises(UserError, match="has 128 machines .* give --config.data.virtual_shards=128"):
+        aot.check_machines(config, slices.find("2xv5e-256"))
 
 
 def test_a_step_that_does_not_fit_is_told_with_what_it_wants(capsys):
