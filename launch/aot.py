@@ -35,7 +35,7 @@ from idefics_jax.training.run import device_rows
 from launch import calibration, estimate, kernels, program, slices
 from launch.chips import CHIPS
 from launch.collectives import KINDS, Collective
-from launch.compiled_step import Compiled, compile_step, estimated, traced_step
+from launch.compiled_step import Compiled, blocks_of, compile_step, estimated, traced_step
 from launch.estimate import gib
 from launch.flops import Trained, step_flops
 from launch.frontier import divisors, frontier
@@ -69,7 +69,7 @@ def report(compiled: Compiled, config: TrainConfig, rows: Rows, where: slices.Sl
     print("\noperations that a step needs")
     print_table(["part", "TFLOP", "share"], [[part, x / 1e12, x / found.needed] for part, x in flops.items()])
     print("\nwhere a step's time goes, seconds")
-    blocks = kernels.Blocks.of(rows, sizes) if cost.kernels else kernels.Blocks({})
+    blocks = blocks_of(cost, sizes, rows)
     print_table(
         ["", "s"],
         [
@@ -93,10 +93,8 @@ def report(compiled: Compiled, config: TrainConfig, rows: Rows, where: slices.Sl
         f"\nestimated: {found.seconds:.3f} s a step, MFU {found.mfu:.3f}, HFU {found.hfu:.3f}, "
         f"{work.tokens / found.seconds / found.chips:,.0f} tokens a second and chip"
     )
-    timed = calibration.PUBLISHED[where.generation]
-    print(
-        f"the same reckoning of a published step ({timed.source}) is {timed.error:+.1%} off the {timed.seconds} s timed"
-    )
+    error = calibration.error(where.generation)
+    print(calibration.sentence(where.generation))
     return {
         "fits": True,
         "peak_gib": gib(cost.peak_bytes),
@@ -110,7 +108,7 @@ def report(compiled: Compiled, config: TrainConfig, rows: Rows, where: slices.Sl
         "done_tflop": found.done / 1e12,
         "token_fill": fill[0],
         "patch_fill": fill[1],
-        "calibration_error": timed.error,
+        "calibration_error": error,
     }
 
 

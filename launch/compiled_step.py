@@ -6,6 +6,7 @@ import jax
 
 from idefics_jax import sharding
 from idefics_jax.batch import batch_spec
+from idefics_jax.config import Idefics2Config
 from idefics_jax.training.config import TrainConfig
 from idefics_jax.training.plan import Plan, plan
 from idefics_jax.training.run import jitted, make_step
@@ -65,16 +66,29 @@ def traced_step(config: TrainConfig, slice_name: str) -> tuple[jax.stages.Traced
 
 def estimated(compiled: Compiled, config: TrainConfig, rows: Rows, where: slices.Slice) -> Estimate:
     """Returns what a step takes and how much of it is of use."""
-    chip, sizes, cost = CHIPS[where.generation], compiled.plan.sizes, compiled.cost
-    blocks = kernels.Blocks.of(rows, sizes) if cost.kernels else kernels.Blocks({})
+    sizes, cost = compiled.plan.sizes, compiled.cost
+    blocks = blocks_of(cost, sizes, rows)
     work = rows.work(config.data.shape.rows, sizes.text_config.sliding_window)
     chips = where.chips * where.count
+    compute, own, bare = seconds_of(cost, sizes, rows, where)
     return Estimate(
-        compute=cost.cycles / chip.clock,
-        kernels=sum(kernels.cycles(cost.kernels, blocks, sizes, where.generation).values()) / chip.clock,
-        collectives=estimate.exposed_seconds(cost, where),
+        compute=compute,
+        kernels=own,
+        collectives=bare,
         needed=sum(step_flops(sizes, work, Trained.of(compiled.plan.state["trainable"])).values()),
         done=compiled.traced + chips * kernels.flops(cost.kernels, blocks, sizes),
         chips=chips,
-        peak=chip.peak,
+        peak=CHIPS[where.generation].peak,
     )
+
+
+def seconds_of(cost: Cost, sizes: Idefics2Config, rows: Rows, where: slices.Slice) -> tuple[float, float, float]:
+    """Returns the seconds of the compiler's cycles, of our kernels, and of the collectives that nothing hides."""
+    clock = CHIPS[where.generation].clock
+    own = kernels.cycles(cost.kernels, blocks_of(cost, sizes, rows), sizes, where.generation)
+    return cost.cycles / clock, sum(own.values()) / clock, estimate.exposed_seconds(cost, where)
+
+
+def blocks_of(cost: Cost, sizes: Idefics2Config, rows: Rows) -> kernels.Blocks:
+    """Counts the blocks of scores of a row, if the program has kernels that compute them."""
+    return kernels.Blocks.of(rows, sizes) if cost.kernels else kernels.Blocks({})

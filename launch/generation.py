@@ -17,10 +17,12 @@ from idefics_jax.inference.generate import Decoding, advance, begin
 from idefics_jax.models.idefics2 import Idefics2
 from idefics_jax.param_transforms import paths
 from idefics_jax.param_tree import param_shapes, param_shardings
-from launch import estimate, kernels, program, slices
+from launch import calibration, estimate, kernels, program, slices
 from launch.chips import CHIPS
+from launch.estimate import gib
 from launch.flops import Trained, Work, step_flops
 from launch.program import Cost
+from launch.report import print_table
 from launch.workload import full_rows
 
 # Ours. 4,900 patches are the released model's largest image.
@@ -115,3 +117,29 @@ def least_seconds(config: Idefics2Config, rows: int, where: slices.Slice) -> tup
         estimate.roofline_seconds(sum(read.values()), prefill, where),
         estimate.roofline_seconds(decoder + cache, decode, where),
     )
+
+
+def report(config: Idefics2Config, slice_name: str, batches: list[int]) -> dict[str, float]:
+    """Compiles generation of several batches, prints a line for each program, and returns the numbers.
+
+    Raises:
+      DoesNotFit: one of the programs takes more memory than a chip has.
+    """
+    where, numbers, table = slices.find(slice_name), {}, []
+    mesh = sharding.make_mesh({"tensor": -1}, program.slice_devices(slice_name))
+    for rows in batches:
+        costs, least = compiled(config, rows, mesh), least_seconds(config, rows, where)
+        phases = ("prefill", PROMPT["tokens"]), ("decode", 1)
+        for (phase, tokens), cost, bound in zip(phases, costs, least, strict=True):
+            took = seconds(cost, config, where, bound)
+            bare = estimate.exposed_seconds(cost, where)
+            row = [1e3 * took, 1e3 * bound, took / bound, tokens * rows / took, 1e3 * bare, gib(cost.peak_bytes)]
+            table.append([f"{phase}, batch {rows}", *row])
+            numbers |= {f"{phase}_{rows}_seconds": took, f"{phase}_{rows}_roofline_seconds": bound}
+            numbers[f"{phase}_{rows}_peak_gib"] = gib(cost.peak_bytes)
+    print_table(
+        [slice_name, "ms", "roofline, ms", "times it", "tokens a second", "bare collectives, ms", "peak GiB a chip"],
+        table,
+    )
+    print(calibration.sentence(where.generation))
+    return numbers | {"fits": True, "calibration_error": calibration.error(where.generation)}

@@ -8,21 +8,37 @@ from configs.idefics2_8b import instruct
 from idefics_jax import sharding
 from idefics_jax.training.config import TrainConfig
 from idefics_jax.training.plan import plan
-from launch import generation, program, slices
+from launch import calibration, generation, program, slices
 from tests.idefics_jax import tiny
 
 # A key head on each of the slice's chips.
 TEXT = dataclasses.replace(tiny.CONFIG.text_config, num_key_value_heads=4)
 
 
-def test_prompts_are_read_and_tokens_made_on_a_slice():
-    config, where = dataclasses.replace(tiny.CONFIG, text_config=TEXT), slices.find("v5p-8")
-    mesh = sharding.make_mesh({"tensor": -1}, program.slice_devices("v5p-8"))
-    costs, least = generation.compiled(config, 1, mesh), generation.least_seconds(config, 1, where)
+CONFIG = dataclasses.replace(tiny.CONFIG, text_config=TEXT)
+
+
+@pytest.fixture(scope="module")
+def costs():
+    return generation.compiled(CONFIG, 1, sharding.make_mesh({"tensor": -1}, program.slice_devices("v5p-8")))
+
+
+def test_prompts_are_read_and_tokens_made_on_a_slice(costs):
+    config, where = CONFIG, slices.find("v5p-8")
+    least = generation.least_seconds(config, 1, where)
     read, made = (generation.seconds(cost, config, where, bound) for cost, bound in zip(costs, least, strict=True))
     assert read > made >= least[1] > 0
     assert all(0 < cost.peak_bytes < 2**30 for cost in costs)
     assert {one.kind for cost in costs for one in cost.collectives} >= {"all-reduce"}
+
+
+def test_the_report_tells_how_far_such_estimates_are_off(costs, monkeypatch, capsys):
+    monkeypatch.setattr(generation, "compiled", lambda *_: costs)
+    numbers = generation.report(CONFIG, "v5p-8", [1])
+    assert numbers["fits"]
+    assert numbers["prefill_1_seconds"] > numbers["decode_1_seconds"] >= numbers["decode_1_roofline_seconds"] > 0
+    assert numbers["calibration_error"] == calibration.error("v5p")
+    assert "the same reckoning of a published step (AXLearn" in capsys.readouterr().out
 
 
 def test_the_roofline_of_a_token_is_the_weights_read_once_and_the_cache_of_each_row():
