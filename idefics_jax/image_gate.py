@@ -8,9 +8,11 @@ twentieth of the time.
 """
 
 import io
+import math
+import re
 import struct
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import PIL.Image
 
@@ -33,11 +35,19 @@ _SIDE_SWAPS = frozenset(_TRANSPOSES[tag] for tag in (5, 6, 7, 8))
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _JPEG_BARE = frozenset((0x00, 0x01, 0xFF, *range(0xD0, 0xD9)))  # no length follows
 _JPEG_SCAN_OR_END = (0xDA, 0xD9)
+_JPEG_END = 0xD9
 # Markers of plain JPEG: scan; frames of 8 bits, Huffman-coded; quantization tables; JFIF; and what Pillow skips.
 _PLAIN_SCAN, _PLAIN_FRAMES, _PLAIN_TABLES, _PLAIN_JFIF = 0xFFDA, (0xFFC0, 0xFFC1, 0xFFC2), 0xFFDB, 0xFFE0
 _PLAIN_SKIPPED = (0xFFC4, 0xFFDD, 0xFFFE)  # Huffman tables, restart interval, comment
 # Segments, and fill bytes between them, that are walked: real files have dozens, and megabytes of them take seconds.
 _JPEG_SEGMENTS = 10_000
+# Bytes before the pixels. Pillow copies its EXIF once more for each of 64 KiB: a minute for 100 MB.
+_JPEG_HEAD_BYTES = 16 * 2**20
+# Every scan of a progressive JPEG goes over all pixels, and a hundred bytes make one more. Published files have ten; of
+# an image of max_pixels so many are let in, of smaller ones more.
+_JPEG_SCANS = 16
+_JPEG_SCAN = b"\xff\xda"
+_ENDS_SCAN = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd8]")
 # What Pillow warns of is refused here (sizes), or no reason to lose an image (EXIF); a run would print it without end.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
@@ -75,6 +85,8 @@ def open_image(data: bytes, *, max_pixels: int) -> PIL.Image.Image:
             "truncated", f"the {kind} image ends after {len(data)} bytes, inside its header; store the whole file"
         ) from None
     _check_size(kind, width, height, max_pixels)
+    if kind == JPEG:
+        _check_scans(data, width * height, max_pixels)
     image = parse(kind, lambda: PIL.Image.open(io.BytesIO(data), formats=[kind]))
     _check_size(kind, *image.size, max_pixels)  # the frame of a GIF may be larger than its screen
     return image
@@ -99,7 +111,8 @@ def plain_jpeg_size(data: bytes, *, max_pixels: int) -> tuple[int, int] | None:
         if len(segment) != length - 2:
             return None
         if marker == _PLAIN_SCAN:
-            return size
+            is_little = position <= _JPEG_HEAD_BYTES and not _may_have_scans(data, math.prod(size or ()), max_pixels)
+            return size if is_little else None
         if marker in _PLAIN_FRAMES and len(segment) == 15 and size is None:
             bits, height, width, layers = struct.unpack_from(">BHHB", segment)
             if (bits, layers) != (8, 3) or not 0 < width * height <= max_pixels:
@@ -185,22 +198,60 @@ def _gif_size(data: bytes) -> tuple[int, int]:
 
 def _jpeg_size(data: bytes) -> tuple[int, int]:
     """Walks the segments to the start of the frame."""
-    position = 2
-    for _ in range(_JPEG_SEGMENTS):
-        position = data.find(b"\xff", position)
-        if position < 0:
-            raise IndexError
-        marker = data[position + 1]
+    for marker, position in _jpeg_segments(data):
         if marker in _JPEG_FRAMES:
             height, width = struct.unpack_from(">HH", data, position + 5)
             return width, height
         if marker in _JPEG_SCAN_OR_END:
             raise RejectedImage("corrupt", "the JPEG image has no frame header before its pixels")
+    raise IndexError
+
+
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
+    """Yields marker and place of each segment, up to where the bytes end; raises RejectedImage if there are too many.
+
+    Raises:
+      IndexError, struct.error: the bytes end within one.
+    """
+    position = 2
+    for _ in range(_JPEG_SEGMENTS):
+        position = data.find(b"\xff", position)
+        if position < 0:
+            return
+        marker = data[position + 1]
         if marker in _JPEG_BARE:
             position += 1
-        else:
-            position += 2 + struct.unpack_from(">H", data, position + 2)[0]
-    raise RejectedImage("corrupt", f"the JPEG image has {_JPEG_SEGMENTS} segments before its frame header")
+            continue
+        yield marker, position
+        position += 2 + struct.unpack_from(">H", data, position + 2)[0]
+    raise RejectedImage("corrupt", f"the JPEG image has {_JPEG_SEGMENTS} segments before its pixels")
+
+
+def _check_scans(data: bytes, pixels: int, max_pixels: int) -> None:
+    """Raises RejectedImage for a JPEG that takes far longer to decode than its size tells."""
+    try:
+        scan = next(position for marker, position in _jpeg_segments(data) if marker in _JPEG_SCAN_OR_END)
+    except (StopIteration, struct.error, IndexError):
+        scan = len(data)  # it is cut short, which its parser tells
+    if scan > _JPEG_HEAD_BYTES:
+        raise RejectedImage("bomb", f"the JPEG image has {scan} bytes before its pixels; store it without its metadata")
+    if _may_have_scans(data, pixels, max_pixels) and _scans(data, scan) * pixels > _JPEG_SCANS * max_pixels:
+        raise RejectedImage("bomb", "the JPEG image has far more scans than it needs; store it again from its source")
+
+
+def _may_have_scans(data: bytes, pixels: int, max_pixels: int) -> bool:
+    """Whether a JPEG may have too many scans, by the bytes that each begins with, which metadata may hold as well."""
+    return data.count(_JPEG_SCAN) * pixels > _JPEG_SCANS * max_pixels
+
+
+def _scans(data: bytes, position: int) -> int:
+    """Counts the scans of a JPEG from the place of the first one on."""
+    count, found = 0, re.compile(re.escape(_JPEG_SCAN)).match(data, position)
+    while found is not None and data[found.start() + 1] != _JPEG_END:
+        count += data[found.start() + 1] == _JPEG_SCAN[1]
+        length = int.from_bytes(data[found.end() : found.end() + 2])
+        found = _ENDS_SCAN.search(data, found.end() + length)
+    return count
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:

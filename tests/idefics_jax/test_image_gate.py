@@ -1,5 +1,6 @@
 """Hostile image bytes: refused with a reason, before they cost anything, and never with another exception."""
 
+import dataclasses
 import io
 import random
 import struct
@@ -151,6 +152,58 @@ def test_a_jpeg_of_segments_without_end_is_not_walked_to_its_end(junk):
     error = rejected(b"\xff\xd8\xff\xe0\x00\x02" + junk * 20_000 + encoded("JPEG")[2:])
     assert error.reason == "corrupt"
     assert "10000 segments" in str(error)
+
+
+def with_scans(size: tuple[int, int], extra: int) -> bytes:
+    """A progressive JPEG whose last refinement of the luma is there so many times more."""
+    data = encoded("JPEG", size, progressive=True)
+    starts = [place for place in range(len(data)) if data[place : place + 2] == b"\xff\xda"]
+    refinement = next(
+        start for start in starts if data[start + 4] == 1 and data[start + 5] == 1 and data[start + 8] >> 4
+    )
+    tables = data.rindex(b"\xff\xc4", 0, refinement)
+    end = min(place for place in [*starts, len(data) - 2, *places(data, b"\xff\xc4")] if place > refinement)
+    return data[:-2] + data[tables:end] * extra + data[-2:]
+
+
+def places(data: bytes, marker: bytes) -> list[int]:
+    return [place for place in range(len(data)) if data.startswith(marker, place)]
+
+
+def test_a_jpeg_of_more_scans_than_its_size_allows_is_a_bomb():
+    """Each goes over all pixels: of 64 million, two thousand scans in 600 kB took three minutes."""
+    rules = dataclasses.replace(RULES, max_pixels=64 * 64)
+    for data, allowed in [
+        (with_scans((64, 64), extra=0), True),
+        (with_scans((64, 64), extra=5), True),
+        (with_scans((64, 64), extra=40), False),
+        (with_scans((16, 16), extra=40), True),
+    ]:
+        with PIL.Image.open(io.BytesIO(data)) as whole:
+            whole.load()  # the parser takes them all
+        if allowed:
+            image_patches(data, rules)
+        else:
+            with pytest.raises(RejectedImage, match="far more scans than it needs") as refused:
+                image_patches(data, rules)
+            assert refused.value.reason == "bomb"
+
+
+def test_what_looks_like_scans_in_metadata_is_none():
+    data = encoded("JPEG", (64, 64))
+    comment = b"\xff\xda" * 5000
+    told = data[:2] + b"\xff\xfe" + struct.pack(">H", len(comment) + 2) + comment + data[2:]
+    image_patches(told, dataclasses.replace(RULES, max_pixels=64 * 64))
+
+
+@pytest.mark.parametrize("before", [b"\xff\xc0", b"\xff\xda"], ids=["before the frame", "before the pixels"])
+def test_a_jpeg_with_a_head_of_megabytes_is_a_bomb(before):
+    """Pillow copies EXIF once more for each of its segments: 65 MB took 19 s."""
+    data = encoded("JPEG", (64, 64))
+    place = data.index(before)
+    segment = b"\xff\xe1\xff\xffExif\0\0" + bytes(65_527)
+    image_patches(data[:place] + segment * 20 + data[place:], RULES)
+    assert rejected(data[:place] + segment * 300 + data[place:]).reason == "bomb"
 
 
 def test_empty_bytes_are_refused():
