@@ -2,6 +2,7 @@
 
 import io
 import sys
+import zlib
 
 import numpy as np
 import PIL.Image
@@ -144,6 +145,43 @@ def test_a_tiff_that_claims_too_many_pixels_is_not_decoded():
     with pytest.raises(BadRow, match="10000 x 8000") as refused:
         list(scans.rows("tif", file.getvalue(), {"pages": [{"text": ["a"]}]}))
     assert refused.value.reason == "bomb"
+
+
+def drawn(content: bytes, *, matrix: str = "") -> bytes:
+    """A PDF of one page of 800 x 800 points, what is drawn on it in a group with a matrix if one is given."""
+    group = f"<</Type/XObject/Subtype/Form/BBox[0 0 800 800]/Matrix[{matrix}]".encode()
+    packed = zlib.compress(content, 9)
+    stream = b"/Filter/FlateDecode/Length %d>>stream\n%b\nendstream endobj\n" % (len(packed), packed)
+    objects = [b"<</Type/Catalog/Pages 2 0 R>>endobj\n", b"<</Type/Pages/Kids[3 0 R]/Count 1>>endobj\n"]
+    page = b"<</Type/Page/Parent 2 0 R/MediaBox[0 0 800 800]/Contents 4 0 R/Resources<</XObject<</X 5 0 R>>>>>>endobj\n"
+    if matrix:
+        objects += [page, b"<</Length 4>>stream\n/X Do\nendstream endobj\n", group + stream]
+    else:
+        objects += [page, b"<<" + stream]
+    numbered = b"".join(b"%d 0 obj" % number + body for number, body in enumerate(objects, 1))
+    return b"%PDF-1.4\n" + numbered + b"trailer<</Root 1 0 R>>\n%%EOF"
+
+
+@pytest.mark.parametrize(
+    ("content", "matrix", "is_bomb"),
+    [
+        (b"0 0 800 800 re f\n" * 5000, "", True),
+        (b"0 0 8 8 re f\n" * 5000, "", False),
+        (b"0 0 8 8 re f\n" * 5000, "1 0 0 1 0 0", False),
+        (b"0 0 8 8 re f\n" * 5000, "100 0 0 100 0 0", True),
+        (b"-900 -900 9000 9000 re f\n" * 100, "", False),
+    ],
+)
+def test_a_pdf_page_that_is_drawn_over_thousands_of_times_is_a_bomb(content, matrix, is_bomb):
+    """518 bytes of them took 8.6 s, and more of them as much longer."""
+    document = drawn(content, matrix=matrix)
+    if is_bomb:
+        with pytest.raises(BadRow, match="page 0 of its .pdf is drawn over thousands of times") as refused:
+            list(scans.rows("pdf", document, {"pages": [{"text": ["a"]}]}))
+        assert refused.value.reason == "bomb"
+    else:
+        ((_, row),) = scans.rows("pdf", document, {"pages": [{"text": ["a"]}]})
+        assert np.asarray(PIL.Image.open(io.BytesIO(row["images"][0]["bytes"])).convert("L")).min() == 0
 
 
 def test_only_pdf_pages_ask_for_pypdfium2_and_by_name(monkeypatch):
