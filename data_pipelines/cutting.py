@@ -71,8 +71,14 @@ def beginning(text: str, make: Callable[[str], Piece | Rejected]) -> Piece | Rej
     Returns:
       What was prepared, or None if the first word is too large.
     """
-    # A script without spaces has no words, but passages.
-    stretches = [word for passage in passages(text) for word in re.findall(r"\S+\s*|\s+", passage)]
+    # A script without spaces has no words, but passages. Space alone is no beginning: it goes with the word behind it.
+    stretches = [""]
+    for word in (word for passage in passages(text) for word in re.findall(r"\S+\s*|\s+", passage)):
+        if stretches[-1].strip() or not stretches[-1]:
+            stretches.append(word)
+        else:
+            stretches[-1] += word
+    del stretches[0]
 
     def made(count: int) -> Piece | Rejected:
         return make("".join(stretches[:count]).rstrip())

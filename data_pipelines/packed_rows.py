@@ -77,12 +77,13 @@ def encode(document: Document, processor: Processor, shape: BatchShape) -> Candi
     if fault is not None:
         return Rejected(name, *fault)
     try:
-        encoded = processor.encode(document.parts, add_bos=True, add_eos=True)
+        encoded = processor.encode(document.parts, add_bos=True, add_eos=document.ends)
     except RejectedImage as error:
         return Rejected(name, error.reason, str(error))
     sizes = Sizes(len(encoded.tokens), tuple(rows * columns for rows, columns in encoded.grids))
     fault = misfit(sizes, shape)
-    if fault is None and not encoded.trained[1:-1].any():  # the first id is never a target, the last is </s>
+    own = encoded.trained[1:-1] if document.ends else encoded.trained[1:]  # without <s>, no target, and </s>
+    if fault is None and not own.any():
         fault = "nothing-trained", "it has no text to learn from; drop the row"
     return Candidate(name, encoded, sizes) if fault is None else Rejected(name, *fault)
 

@@ -187,7 +187,7 @@ class DocumentSource:
             if isinstance(document, Rejected):
                 return document
             if open_end:  # the answer goes on where it stops, so that what ends it is not to be learnt
-                document = dataclasses.replace(document, parts=document.parts[:-1])
+                document = dataclasses.replace(document, parts=document.parts[:-1], ends=False)
             if augmentation.is_random_of_images:  # to make a generator takes as long as to read a record
                 document = augmentation.of_document(document, np.random.default_rng((*seed, 1)))
             return self._prepare(document)

@@ -42,8 +42,16 @@ Part = Text | Image | EndOfUtterance
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """Parts in reading order, with where they came from: `source` names the data set, `id` the row in it."""
+    """Parts in reading order, and where they came from.
+
+    Attributes:
+      parts: in reading order.
+      source: names the data set.
+      id: the row in it.
+      ends: whether it ends where its parts do; if not, no `</s>` follows.
+    """
 
     parts: tuple[Part, ...]
     source: str
     id: str
+    ends: bool = True

@@ -8,7 +8,7 @@ import pytest
 
 from data_pipelines import cauldron, messages, obelics
 from data_pipelines.augmentation import Augmentation
-from data_pipelines.cutting import cut
+from data_pipelines.cutting import beginning, cut
 from data_pipelines.pipeline import Stage, batches
 from data_pipelines.rejection import Rejected
 from idefics_jax.batch import BatchShape
@@ -230,17 +230,38 @@ def test_the_end_of_an_answer_that_no_row_holds_is_dropped_and_counted(kind, one
     assert said.startswith(answer)
     assert f"{said} ".startswith(f"{answer} "), "it ends with a word"
     tokens, segments = packed.arrays["tokens"], packed.arrays["segment_ids"]
-    ends = {
-        name: (tokens[row][segments[row] == segment] == processor.tokenizer.end_of_utterance_id).sum()
-        for name, (row, segment) in zip(
-            packed.documents,
-            [(row, n) for row, own in enumerate(segments) for n in range(1, own.max() + 1)],
-            strict=True,
-        )
-    }
-    assert {name.rpartition("[")[2]: count for name, count in ends.items()} == {"0:1]": 2, "1:2]": 1, "2:3]": 2}
+    places = [(row, n) for row, own in enumerate(segments) for n in range(1, own.max() + 1)]
+    for token, wanted in [
+        (processor.tokenizer.end_of_utterance_id, {"0:1]": 2, "1:2]": 1, "2:3]": 2}),
+        (processor.tokenizer.eos_id, {"0:1]": 1, "1:2]": 0, "2:3]": 1}),  # which would be learnt as the end
+    ]:
+        found = {
+            name.rpartition("[")[2]: (tokens[row][segments[row] == segment] == token).sum()
+            for name, (row, segment) in zip(packed.documents, places, strict=True)
+        }
+        assert found == wanted
     lengths = [np.bincount(row)[1:].max() for row in packed.arrays["segment_ids"]]
     assert max(lengths) <= 64
+
+
+@pytest.mark.parametrize("lead", ["", " ", "\n\n", " \n" * 150])
+def test_space_alone_is_no_beginning(lead):
+    text = f"{lead}one two  three"
+    for room, wanted in [(0, None), (3, "one"), (8, "one two"), (12, "one two")]:
+        found = beginning(text, lambda text, room=room: text if len(text.strip()) <= room else TOO_LONG)
+        assert getattr(found, "reason", found) == (wanted and f"{lead}{wanted}")
+
+
+@pytest.mark.parametrize("lead", ["", "\n", " "])
+def test_turns_beside_an_answer_of_which_no_word_fits_stay(lead, one_source, processor):
+    for words in range(20, 60):
+        row = talk(2)
+        row["texts"].append({"user": "one " * words, "assistant": f"{lead}{'three ' * 99}", "source": "s"})
+        config = one_source([row], "cauldron", cauldron.SCHEMA, lookahead=2, max_bad_fraction=0.9)
+        packed = next(start(config, processor))
+        assert {name.rpartition("[")[2] for name in packed.documents} >= {"0:2]"}
+        assert set(packed.rejected) <= {"too-many-tokens", "filter:answer_cut_short"}
+        assert len(packed.rejected) == 1
 
 
 def test_resuming_between_the_pieces_of_a_document_goes_on_to_the_bit(one_source, processor):
