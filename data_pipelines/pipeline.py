@@ -39,6 +39,9 @@ from idefics_jax.batch import BatchShape
 from idefics_jax.errors import UserError
 from idefics_jax.processor import Processor
 
+# Settings that change no batch: a run goes on with others.
+FREE = ("max_bad_fraction", "num_threads", "prefetch", "row_groups_mib", "cache_mib")
+
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
@@ -312,11 +315,11 @@ def _packed(
 
 
 def _about(config: DataConfig, opened: Mapping[str, DocumentSource], processor: Processor) -> dict[str, Any]:
-    """Returns everything the batches depend on, as plain JSON; threads, read-ahead and cache are not among it."""
+    """Returns everything the batches depend on, as plain JSON; workers, memory and the limit are not among it."""
     settings = dataclasses.asdict(config)
     after, earlier = position.identity(config.after) if config.after else (None, {})
-    for free in ("num_threads", "prefetch", "row_groups_mib", "cache_mib", "stages"):
-        del settings[free]
+    for name in (*FREE, "stages"):
+        del settings[name]
     return {
         "data": settings
         | {

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from data_pipelines.pipeline import FREE as FREE_OF_DATA
 from data_pipelines.pipeline import DataConfig, in_order
 from idefics_jax import settings
 from idefics_jax.convert.parts import FORMS
@@ -27,10 +28,7 @@ FREE_ON_RESUME = (
     "keep_checkpoints",
     "mesh",
     "sharding",
-    "data.num_threads",
-    "data.prefetch",
-    "data.row_groups_mib",
-    "data.cache_mib",
+    *(f"data.{name}" for name in FREE_OF_DATA),
 )
 # May differ too when a run goes on that has stopped by itself.
 FREE_AFTER_STOP = (

@@ -150,7 +150,7 @@ def test_a_changed_number_of_workers_is_named_and_changes_no_batch(config, proce
     iterator = start(config, processor)
     next(iterator)
     state, expected = iterator.get_state(), take(iterator, 3)
-    other = start(dataclasses.replace(config, num_threads=3, prefetch=2, cache_mib=1), processor)
+    other = start(dataclasses.replace(config, num_threads=3, prefetch=2, cache_mib=1, max_bad_fraction=0.5), processor)
     other.set_state(state)
     assert "other workers (num_threads: 0 -> 3; prefetch: 1 -> 2): its batches are the same" in caplog.text
     for found, wanted in zip(take(other, 3), expected, strict=True):
