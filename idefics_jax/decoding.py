@@ -19,6 +19,10 @@ from idefics_jax.scratch import scratch
 # Pixels that are laid on white at once.
 _STRIP_PIXELS = 2**20
 
+# Pillow takes memory for an image in blocks of 16 MiB, which malloc keeps for the thread that had them: 0.3 GiB for
+# each thread that has once seen a large image. In one piece it goes back to the system.
+PIL.Image.core.set_block_size(256 * 2**20)
+
 
 class Stored:
     """An image as it is stored, let in by the gate.

@@ -12,6 +12,7 @@ are that pixel).
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -20,6 +21,7 @@ import PIL.Image
 from idefics_jax import decoding, image_gate, resize
 from idefics_jax.errors import UserError
 from idefics_jax.image_gate import RejectedImage
+from idefics_jax.pixel_room import PixelRoom
 
 __all__ = [
     "ImageRules",
@@ -34,6 +36,8 @@ __all__ = [
 RESIZERS = ("pillow", "simd")
 # Above this Pillow itself warns of a decompression bomb.
 _PILLOW_PIXELS = 89_478_485
+# What is decoded at one time: as many pixels as the largest image may have in the recipes.
+_ROOM = PixelRoom(64_000_000)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,10 +129,11 @@ def image_patches(
     image = decoding.Stored(data, max_pixels=rules.max_pixels)
     pieces = _pieces(*image.size, rules, upscale)
     places = [None] * len(pieces) if out is None else out
-    return [
-        cut(pixels, rules.patch_size, place)
-        for pixels, place in zip(_resized_pieces(image, pieces, rules.resizer), places, strict=True)
-    ]
+    with _ROOM.taken(math.prod(image.size)):
+        return [
+            cut(pixels, rules.patch_size, place)
+            for pixels, place in zip(_resized_pieces(image, pieces, rules.resizer), places, strict=True)
+        ]
 
 
 def first_rejected(images: Sequence[bytes], rules: ImageRules) -> tuple[int, RejectedImage] | None:

@@ -9,8 +9,8 @@ import threading
 
 import numpy as np
 
-# More than this is not kept: 16 megapixels of four bytes.
-_MOST_BYTES = 2**26
+# More than this is not kept, as every thread keeps its own: 4 megapixels of four bytes.
+_MOST_BYTES = 2**24
 _kept = threading.local()
 
 
