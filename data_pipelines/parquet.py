@@ -25,6 +25,10 @@ from data_pipelines.rejection import DAMAGED_FILE, BadRow
 from data_pipelines.row_groups import RowGroups
 from idefics_jax.errors import UserError
 
+# The most that a row group may take in memory. Writers make them of tens to hundreds of MiB; but a column of one long
+# text that is the same in every row is stored once, and takes its length for each.
+MOST_BYTES = 2**30
+_ROWS_AT_ONCE = 64
 # What reading a damaged file may raise: of Arrow's errors, ArrowMemoryError too, as a wrong size asks for any memory.
 DAMAGED = (OSError, pa.ArrowException)
 
@@ -79,6 +83,7 @@ class ParquetRows:
         self._faults = {footer.path: footer.fault for footer in footers if footer.fault}
         self.files, self.faults = len(footers), tuple(self._faults.values())
         self.lost = len(self.faults) / self.files
+        self._too_large: dict[int, str] = {}  # row groups that were given up, and why
         self._kept = kept
         self._lock = threading.Lock()  # so that no two threads load the same
 
@@ -90,7 +95,7 @@ class ParquetRows:
         """Returns a row of a row group as Python values.
 
         Raises:
-          BadRow: its file cannot be read at all.
+          BadRow: its file cannot be read at all, or its row group has more than MOST_BYTES.
           DAMAGED: the row group is damaged.
           UnicodeDecodeError: a text is not UTF-8.
         """
@@ -105,8 +110,13 @@ class ParquetRows:
         path, index = self._groups[group]
 
         def load() -> pa.Table:
-            with open_file(path) as file:
-                table = file.read_row_group(index, columns=self._columns)
+            if group in self._too_large:
+                raise BadRow("too-large-row-group", self._too_large[group])
+            try:
+                table = read_row_group(path, index, self._columns)
+            except BadRow as error:
+                self._too_large[group] = str(error)
+                raise
             if table.num_rows != self.group_rows[group]:
                 raise UserError(f"{path} has changed since it was opened; start again, and write new data to new files")
             return table
@@ -153,6 +163,29 @@ def footers_or_faults(paths: Sequence[str]) -> list[Footer]:
     if footers and all(footer.fault for footer in footers):
         raise UserError(footers[0].fault)
     return footers
+
+
+def read_row_group(path: str, group: int, columns: Sequence[str]) -> pa.Table:
+    """Reads a row group a few rows at a time, to stop where it takes far more memory than its file.
+
+    Raises:
+      BadRow: it has more than MOST_BYTES.
+      DAMAGED: it is damaged.
+    """
+    batches, size = [], 0
+    with open_file(path) as file:
+        there = [name for name in columns if name in file.schema_arrow.names]
+        schema = pa.schema([file.schema_arrow.field(name) for name in there])
+        for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=there):
+            batches.append(batch)
+            size += batch.nbytes
+            if size > MOST_BYTES:
+                raise BadRow(
+                    "too-large-row-group",
+                    f"row group {group} of {path} takes more than {MOST_BYTES} bytes of memory; prepare the file "
+                    "(python -m data_pipelines.prepare), which reads it row by row",
+                )
+    return pa.Table.from_batches(batches, schema)
 
 
 def reads_as(found: pa.DataType, wanted: pa.DataType) -> bool:
