@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines import cutting, filters, pairs
+from data_pipelines import cutting, filters, image_files, pairs
 from data_pipelines.augmentation import BEYOND_MAX_TURNS
 from data_pipelines.cache import Cache
 from data_pipelines.kinds import CONVERSATIONS, KINDS
@@ -103,8 +103,13 @@ class DocumentSource:
 
     @property
     def digest(self) -> str:
-        """Of what is known of the files without reading them: the sizes of row groups, and what the files tell."""
+        """Of what is known of the files without reading them: the sizes of row groups, and what the files tell.
+
+        Where pages may lack images (document_max_missing_images), of which images there are too.
+        """
         told = repr(self.group_rows.tolist()) + self._rows.digest
+        if self._config.image_root is not None and self._config.filters.document_max_missing_images is not None:
+            told += image_files.digest(self._config.image_root)
         return hashlib.sha256(told.encode()).hexdigest()[:16]
 
     def epoch_rows(self, shard: int) -> int:

@@ -47,6 +47,29 @@ def url(number: int) -> str:
     return f"https://example.com/{number}.png"
 
 
+def test_images_that_come_or_go_between_saving_and_restoring_are_told(config, processor, tmp_path):
+    """Where pages may lack images, they would change batches without a word."""
+    folder = tmp_path / "images" / "a"
+    folder.mkdir(parents=True)
+    for n in range(20):
+        (folder / f"{n}.png").write_bytes(png(28 + n, 40))
+    rows = [{"images": [f"a/{n}.png", None], "texts": [None, f"page {n}"]} for n in range(20)]
+    filters = Filters(document_max_missing_images=1.0)
+    path, root = write(tmp_path / "pages.parquet", rows, obelics.SCHEMA), str(tmp_path / "images")
+    source = SourceConfig("web", "obelics", (path,), image_root=root, filters=filters)
+    config = dataclasses.replace(config, stages=(Stage((source,)),), virtual_shards=1)
+
+    def start():
+        return batches(config, processor, process_index=0, process_count=1)
+
+    state = start().get_state()
+    (folder / "7.png").rename(tmp_path / "7.png")
+    with pytest.raises(UserError, match=r"files.web.digest: '\w+' -> '\w+'"):
+        start().set_state(state)
+    (tmp_path / "7.png").rename(folder / "7.png")
+    start().set_state(state)
+
+
 @pytest.fixture
 def pages(tmp_path) -> SourceConfig:
     """Ten pages of two images and a text; the second image of the even ones is missing. Images grow with the page."""
