@@ -8,6 +8,7 @@ code that cuts them in training: a web page or a scanned page is a row of its ki
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 
 from configs.idefics2_8b import chat, instruct, stage1, stage2
 from data_pipelines import cutting, obelics, pages
+from data_pipelines.mixture import Mixture
 from data_pipelines.packing import Sizes, misfit
 from data_pipelines.rejection import Rejected
 from idefics_jax.batch import BatchShape
@@ -36,28 +38,32 @@ ANSWER, QUESTION, TURNS, MOST_TURNS, TEXT_ALONE = 8, 29, 2.6, 7, 108
 CAPTION, DIALOGUE_TURNS, DIALOGUE_ANSWER = 214, 4, 40
 
 
-def stage(name: str) -> tuple[Iterator[Measured], BatchShape, int, int]:
+def stage(name: str, *, seed: int = 0) -> tuple[Iterator[Measured], BatchShape, int, int]:
     """Returns a stage's documents without end, one of its rows, and how far and how long its packer looks."""
     config = CONFIGS[name].get_config()
     shape = BatchShape(**{**config.data.shape, "rows": 1})
-    return documents(config), shape, config.data.lookahead, config.data.rounds
+    return documents(config, seed=seed), shape, config.data.lookahead, config.data.rounds
 
 
-def documents(config: Any) -> Iterator[Measured]:
-    """Yields documents of the first stage of a recipe (what a file in configs/ returns) without end."""
+def documents(config: Any, *, seed: int = 0) -> Iterator[Measured]:
+    """Yields documents of the first stage of a recipe (what a file in configs/ returns) without end.
+
+    Their sources follow one another as in a shard of training.
+    """
     shape = BatchShape(**{**config.data.shape, "rows": 1})
     first = min(config.data.stages)
     shape = dataclasses.replace(shape, tokens=config.data.document_tokens)
-    return _documents(config, config.data.stages[first].sources, shape)
+    return _documents(config, config.data.stages[first].sources, shape, seed)
 
 
-def _documents(config: Any, sources: Any, shape: BatchShape) -> Iterator[Measured]:
-    rng = np.random.default_rng(0)
+def _documents(config: Any, sources: Any, shape: BatchShape, seed: int) -> Iterator[Measured]:
+    rng = np.random.default_rng(seed)
     rules = ImageRules(patch_size=14, max_pixels=64_000_000, **config.image_rules)
-    weights = np.array([source.weight for source in sources.values()], float)
-    sources = list(sources.items())
-    while True:
-        name, source = sources[rng.choice(len(sources), p=weights / weights.sum())]
+    weights = {name: source.weight for name, source in sources.items()}
+    mixture = Mixture([(weights, None)], start={}, first=(), seed=(seed,))
+    for index in itertools.count():
+        name, _ = mixture(index)
+        source = sources[name]
         text, images = DRAW.get(name, DRAW[source.kind])(rng)
         split = dataclasses.replace(rules, split=rng.random() < (source.augmentation.get("split_share") or 0.0))
         grids = [_grids(rng, size, split, source.augmentation) for size in images]
