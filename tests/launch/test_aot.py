@@ -70,6 +70,27 @@ def test_a_slice_of_more_machines_than_virtual_shards_is_refused():
         aot.check_machines(config, slices.find("2xv5e-256"))
 
 
+def test_a_search_tells_first_what_computes_least_again(monkeypatch, capsys):
+    """With memory that holds what two policies of the decoder keep, or all of the tower's, and three rows of six."""
+    kept_bytes = {"none": 4, "linear": 3, "attention": 1, "full": 0}
+
+    def peak(arguments, kept, rows):
+        assert arguments == ["its own"]
+        wanted = (2 * kept_bytes[kept[0]] + kept_bytes[kept[1]]) * rows
+        return wanted if wanted <= 7 else None
+
+    monkeypatch.setattr(aot, "_peak", peak)
+    config = recipe(8)
+    config.data.shape.rows = 6 * 8
+    found = aot.search(config, "v5e-8", ["its own"])
+    assert found == {"rows_a_device_linear_attention": 1, "rows_a_device_attention_none": 1}
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[:3] == ["remat", "vision_remat", "rows_a_device"]
+    operations = [float(line.split()[-1]) for line in lines[2:]]
+    assert operations == sorted(operations)
+    assert len(operations) == 2
+
+
 def test_a_step_that_does_not_fit_is_told_with_what_it_wants(capsys):
     config = recipe(8)
     config.data.shape.rows, config.rows_a_device = 8 * 2**16, 2**16
