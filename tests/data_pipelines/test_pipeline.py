@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import logging
 
 import grain
 import numpy as np
@@ -147,6 +148,7 @@ def test_a_position_in_other_data_is_refused(config, processor):
 
 
 def test_a_changed_number_of_workers_is_named_and_changes_no_batch(config, processor, caplog):
+    caplog.set_level(logging.WARNING, logger="absl")
     iterator = start(config, processor)
     next(iterator)
     state, expected = iterator.get_state(), take(iterator, 3)

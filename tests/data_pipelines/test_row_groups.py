@@ -1,6 +1,7 @@
 """Row groups in memory: as many bytes as there is room for, over all sources, and a word where that is too little."""
 
 import dataclasses
+import logging
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -42,6 +43,7 @@ def test_what_was_used_last_stays_and_bytes_are_bounded():
 
 
 def test_row_groups_that_leave_too_early_are_told_of_once(caplog):
+    caplog.set_level(logging.WARNING, logger="absl")
     kept = RowGroups(max_bytes=0)
     for number in range(300):
         kept.get(number % 100, lambda: table(20))
