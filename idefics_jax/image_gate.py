@@ -47,6 +47,9 @@ _JPEG_HEAD_BYTES = 16 * 2**20
 # an image of max_pixels so many are let in, of smaller ones more.
 _JPEG_SCANS = 16
 _JPEG_SCAN = b"\xff\xda"
+# Frames that end with the first scan if that is of all layers: no more are read. Most photographs are such, and to
+# count scans takes a millisecond a megabyte.
+_JPEG_ONE_SCAN = (0xC0, 0xC1)
 _ENDS_SCAN = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd8]")
 # What Pillow warns of is refused here (sizes), or no reason to lose an image (EXIF); a run would print it without end.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -99,7 +102,7 @@ def plain_jpeg_size(data: bytes, *, max_pixels: int) -> tuple[int, int] | None:
       None for any other image: one of another format or colour, with EXIF, a profile or several pictures, damaged, or
       of more than max_pixels. `open_image` decides about those.
     """
-    position, size = 2, None
+    position, size, frame = 2, None, 0
     if not data.startswith(b"\xff\xd8\xff"):
         return None
     for _ in range(_JPEG_SEGMENTS):
@@ -111,13 +114,14 @@ def plain_jpeg_size(data: bytes, *, max_pixels: int) -> tuple[int, int] | None:
         if len(segment) != length - 2:
             return None
         if marker == _PLAIN_SCAN:
-            is_little = position <= _JPEG_HEAD_BYTES and not _may_have_scans(data, math.prod(size or ()), max_pixels)
-            return size if is_little else None
+            is_one = size is None or (frame in _JPEG_ONE_SCAN and segment[:1] == b"\x03")
+            is_little = is_one or not _may_have_scans(data, math.prod(size), max_pixels)
+            return size if is_little and position <= _JPEG_HEAD_BYTES else None
         if marker in _PLAIN_FRAMES and len(segment) == 15 and size is None:
             bits, height, width, layers = struct.unpack_from(">BHHB", segment)
             if (bits, layers) != (8, 3) or not 0 < width * height <= max_pixels:
                 return None
-            size = width, height
+            size, frame = (width, height), marker & 0xFF
         elif not (
             marker in _PLAIN_SKIPPED
             or (marker == _PLAIN_TABLES and len(segment) % 65 == 0 and max(segment[::65], default=0) < 16)
@@ -229,12 +233,21 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
 
 def _check_scans(data: bytes, pixels: int, max_pixels: int) -> None:
     """Raises RejectedImage for a JPEG that takes far longer to decode than its size tells."""
+    scan, frame, layers = len(data), 0, -1
     try:
-        scan = next(position for marker, position in _jpeg_segments(data) if marker in _JPEG_SCAN_OR_END)
-    except (StopIteration, struct.error, IndexError):
-        scan = len(data)  # it is cut short, which its parser tells
+        for marker, position in _jpeg_segments(data):
+            if marker in _JPEG_FRAMES:
+                frame, layers = marker, data[position + 9]
+            if marker in _JPEG_SCAN_OR_END:
+                scan = position
+                break
+        is_one = frame in _JPEG_ONE_SCAN and data[scan + 4] == layers
+    except (struct.error, IndexError):
+        is_one = True  # it is cut short, which its parser tells
     if scan > _JPEG_HEAD_BYTES:
         raise RejectedImage("bomb", f"the JPEG image has {scan} bytes before its pixels; store it without its metadata")
+    if is_one:
+        return
     if _may_have_scans(data, pixels, max_pixels) and _scans(data, scan) * pixels > _JPEG_SCANS * max_pixels:
         raise RejectedImage("bomb", "the JPEG image has far more scans than it needs; store it again from its source")
 
